@@ -1,0 +1,230 @@
+"""Feature maps φ: what tells one linear attention from another.
+
+A map is defined once for PyTorch (the specification, any dtype and device) and once for Triton: the value and its
+derivatives by the input and by the map's parameter, elementwise on float32 tiles. Both stand side by side below; to add
+a map, add the two and an entry in ``FEATURE_MAPS`` and ``TRITON_FEATURE_MAPS``.
+
+    identity        φ(x) = x
+    relu            φ(x) = max(x, 0)
+    elu1            φ(x) = elu(x) + 1                                                   (Katharopoulos et al., 2020)
+    focusing_power  φ(x) = uᵖ · ‖u‖ / ‖uᵖ‖,  u = (max(x, 0) + 1e-6) / scale             (FLatten Transformer, 2023)
+    signed_power    φ(x) = [max(x, 0)ᵃ, max(-x, 0)ᵃ], 2D features                       (PolaFormer, 2025)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from flash_bla.ops.triton_support import jit, tl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FOCUSING_FLOOR = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """A feature map with its parameter.
+
+    Attributes:
+        name: Key of ``FEATURE_MAPS``.
+        parameter: ``(H, D)``; the scale of ``focusing_power``, the exponent of ``signed_power``, else None.
+        exponent: p of ``focusing_power``.
+    """
+
+    name: str
+    parameter: Tensor | None = None
+    exponent: int = 1
+
+    @property
+    def signed(self) -> bool:
+        """Whether the map gives 2D features, one half for each sign of its input."""
+        return self.name == "signed_power"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """φ(x) for ``x (B, H, N, D)``, in the dtype of x."""
+        parameter = None if self.parameter is None else self.parameter.to(x.dtype)[:, None]
+        return FEATURE_MAPS[self.name](x, parameter, self.exponent)
+
+
+def focusing_power(scale: Tensor, exponent: int = 3) -> FeatureMap:
+    """Focusing map of FLatten Transformer: φ(x) = uᵖ · ‖u‖ / ‖uᵖ‖ with u = (max(x, 0) + 1e-6) / scale.
+
+    Both norms run over all heads and channels of a token.
+
+    Args:
+        scale: Positive, ``(H, D)``.
+        exponent: p, a positive integer.
+    """
+    if not isinstance(exponent, int) or exponent < 1:
+        raise ValueError(f"focusing_power: exponent must be a positive integer, got {exponent!r}")
+    return FeatureMap("focusing_power", scale, exponent)
+
+
+def signed_power(power: Tensor) -> FeatureMap:
+    """Polarity-aware map of PolaFormer: φ(x) = [max(x, 0)ᵃ, max(-x, 0)ᵃ] with a = power.
+
+    With it the first half of v's channels takes the products of equal signs, and the second half those of opposite
+    signs: o = concat(LA(φ(q), φ(k), v₁), LA(φ(-q), φ(k), v₂)).
+
+    Args:
+        power: At least 1, ``(H, D)``.
+    """
+    return FeatureMap("signed_power", power)
+
+
+def resolve_feature_map(feature_map: str | FeatureMap | None) -> FeatureMap:
+    """Turns the public argument into a ``FeatureMap``; an unknown name is a ValueError."""
+    if isinstance(feature_map, FeatureMap):
+        return feature_map
+    name = "identity" if feature_map is None else feature_map
+    if name in ("focusing_power", "signed_power"):
+        raise ValueError(f"feature_map {name!r} has a parameter: pass flash_bla.ops.{name}(...) instead of its name")
+    if name not in FEATURE_MAPS:
+        raise ValueError(f"feature_map must be one of {sorted(FEATURE_MAPS)} or None, got {name!r}")
+    return FeatureMap(name)
+
+
+def focusing_norm_ratio(x: Tensor, scale: Tensor, exponent: int) -> Tensor:
+    """The factor ‖u‖ / ‖uᵖ‖ of ``focusing_power`` for each token: ``x (B, H, N, D)`` gives ``(B, 1, N)``.
+
+    It is computed on u / max(u), which changes nothing in exact arithmetic and neither over- nor underflows.
+    """
+    u = (x.relu() + FOCUSING_FLOOR) / scale
+    largest = u.detach().amax(dim=(1, 3), keepdim=True)
+    t = u / largest
+    ratio = t.square().sum(dim=(1, 3)).sqrt() / t.pow(2 * exponent).sum(dim=(1, 3)).sqrt()
+    return (ratio * largest[:, 0, :, 0].pow(1 - exponent)).unsqueeze(1)
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def _identity(x, parameter, exponent):
+    return x
+
+
+@jit
+def _identity_triton(x, a, P: tl.constexpr):
+    return x
+
+
+@jit
+def _identity_dx(x, a, P: tl.constexpr):
+    return x * 0.0 + 1.0
+
+
+# --- relu -------------------------------------------------------------------------------------------------------------
+
+
+def _relu(x, parameter, exponent):
+    return x.relu()
+
+
+@jit
+def _relu_triton(x, a, P: tl.constexpr):
+    return tl.maximum(x, 0.0)
+
+
+@jit
+def _relu_dx(x, a, P: tl.constexpr):
+    return tl.where(x > 0.0, 1.0, 0.0)
+
+
+# --- elu + 1 ----------------------------------------------------------------------------------------------------------
+
+
+def _elu1(x, parameter, exponent):
+    return F.elu(x) + 1
+
+
+@jit
+def _elu1_triton(x, a, P: tl.constexpr):
+    return tl.where(x > 0.0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+
+
+@jit
+def _elu1_dx(x, a, P: tl.constexpr):
+    return tl.exp(tl.minimum(x, 0.0))
+
+
+# --- focusing power (the Triton functions give uᵖ; the norm ratio comes as a weight per token) -------------------------
+
+
+def _focusing_power(x, parameter, exponent):
+    ratio = focusing_norm_ratio(x, parameter, exponent)
+    return ((x.relu() + FOCUSING_FLOOR) / parameter).pow(exponent) * ratio.unsqueeze(-1)
+
+
+@jit
+def _integer_power(u, P: tl.constexpr):
+    power = u * 0.0 + 1.0
+    for _ in tl.static_range(P):
+        power = power * u
+    return power
+
+
+@jit
+def _focusing_power_triton(x, a, P: tl.constexpr):
+    return _integer_power((tl.maximum(x, 0.0) + 1e-6) / a, P)
+
+
+@jit
+def _focusing_power_dx(x, a, P: tl.constexpr):
+    return tl.where(x > 0.0, P * _integer_power((tl.maximum(x, 0.0) + 1e-6) / a, P - 1) / a, 0.0)
+
+
+@jit
+def _focusing_power_da(x, a, P: tl.constexpr):
+    return -P * _integer_power((tl.maximum(x, 0.0) + 1e-6) / a, P) / a
+
+
+# --- signed power (the Triton functions give the positive half; the kernels call them on x and on -x) ------------------
+
+
+def _signed_power(x, parameter, exponent):
+    # max(x, 0)ᵃ with finite derivatives at 0, where d(xᵃ)/da = xᵃ log x must be 0 and not NaN.
+    def half(x):
+        positive = x > 0
+        return torch.where(positive, torch.where(positive, x, 1.0).pow(parameter), 0.0)
+
+    return torch.cat([half(x), half(-x)], dim=-1)
+
+
+@jit
+def _signed_power_triton(x, a, P: tl.constexpr):
+    return tl.where(x > 0.0, tl.exp2(a * tl.log2(tl.where(x > 0.0, x, 1.0))), 0.0)
+
+
+@jit
+def _signed_power_dx(x, a, P: tl.constexpr):
+    return tl.where(x > 0.0, a * tl.exp2((a - 1.0) * tl.log2(tl.where(x > 0.0, x, 1.0))), 0.0)
+
+
+@jit
+def _signed_power_da(x, a, P: tl.constexpr):
+    log2 = tl.log2(tl.where(x > 0.0, x, 1.0))
+    return tl.where(x > 0.0, 0.6931471805599453 * log2 * tl.exp2(a * log2), 0.0)
+
+
+FEATURE_MAPS = {
+    "identity": _identity,
+    "relu": _relu,
+    "elu1": _elu1,
+    "focusing_power": _focusing_power,
+    "signed_power": _signed_power,
+}
+
+# name: (value, derivative by x, derivative by the parameter); a map without a parameter never calls the last.
+TRITON_FEATURE_MAPS = {
+    "identity": (_identity_triton, _identity_dx, _identity_dx),
+    "relu": (_relu_triton, _relu_dx, _relu_dx),
+    "elu1": (_elu1_triton, _elu1_dx, _elu1_dx),
+    "focusing_power": (_focusing_power_triton, _focusing_power_dx, _focusing_power_da),
+    "signed_power": (_signed_power_triton, _signed_power_dx, _signed_power_da),
+}

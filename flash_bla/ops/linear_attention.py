@@ -1,0 +1,281 @@
+"""Public linear-attention functions: they check their arguments, choose a backend and call it."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from flash_bla.ops import triton_linear_attention
+from flash_bla.ops.feature_maps import FeatureMap, focusing_norm_ratio, resolve_feature_map
+from flash_bla.ops.reference import linear_attention_reference
+from flash_bla.ops.triton_support import HAS_TRITON, interpreting
+
+BACKENDS = ("reference", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    feature_map: str | FeatureMap | None = None,
+    key_weight: Tensor | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
+    normalize: bool = True,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Bidirectional linear attention, O(N D²).
+
+    .. math:: o_n = \frac{R_n φ(q_n) \; s \sum_m w_m (R_m φ(k_m))^T v_m}
+                         {φ(q_n) \cdot \frac{1}{M} \sum_m w_m φ(k_m) + ε}
+
+    with R the rotation of ``rope``, w the ``key_weight`` and s = ``scale``. Sums, features and denominators are
+    computed in float32 (float64 for float64 inputs); under autocast q, k and v are cast to its type.
+
+    Args:
+        q: Queries ``(B, H, N, D)``; any strides here and below.
+        k: Keys ``(B, H, M, D)``.
+        v: Values ``(B, H, M, Dv)``, of the dtype of q and k: float16, bfloat16, float32 or float64.
+        feature_map: φ: None (identity), ``"elu1"`` (elu + 1), ``"relu"``, or what ``focusing_power(scale)`` or
+            ``signed_power(power)`` return. With ``signed_power`` Dv must be even, and ``rope`` is not possible.
+        key_weight: w, ``(B, H, M)`` or broadcastable to it; differentiable.
+        rope: Cosines and sines, each ``(1 or H, N, D/2)``, of the angles by which adjacent channels of φ(q) and φ(k)
+            turn in the numerator; M must equal N. Not differentiable.
+        normalize: False leaves the denominator out.
+        scale: Factor of the numerator, 1/M by default.
+        eps: Added to the denominator.
+        backend: ``"triton"`` or ``"reference"``; by default the environment variable ``FLASH_BLA_BACKEND``, else Triton
+            for CUDA tensors where it is installed, and the PyTorch reference elsewhere.
+
+    Returns:
+        ``(B, H, N, Dv)`` in the dtype of v, laid out so that ``.transpose(1, 2).flatten(2)`` copies nothing on CUDA.
+
+    Raises:
+        ValueError: A shape, device or name that does not fit.
+        TypeError: Not tensors, or dtypes that differ or are not supported.
+
+    Reference:
+        Katharopoulos et al., "Transformers are RNNs", ICML 2020.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_tensors({"q": q, "k": k, "v": v}, "(B, H, N, D)", ndim=4)
+    feature_map = resolve_feature_map(feature_map)
+    B, H, N, D = q.shape
+    M = k.shape[2]
+    _expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
+    _expect("v", v, (B, H, M, v.shape[3]), "(B, H, M, Dv) with B, H of q and M of k")
+    _check_feature_map(feature_map, q, v, rope)
+    if key_weight is not None:
+        _check_device("key_weight", key_weight, q)
+        try:
+            key_weight = key_weight.expand(B, H, M)
+        except RuntimeError as error:
+            raise ValueError(
+                f"key_weight must be broadcastable to (B, H, M) = {(B, H, M)}, got {tuple(key_weight.shape)}"
+            ) from error
+    if rope is not None:
+        rope = _check_rope(rope, q, M)
+    return _run(q, k, v, feature_map, backend, key_weight=key_weight, rope=rope, normalize=normalize, scale=scale,
+                eps=eps)  # fmt: skip
+
+
+def simple_la(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, backend: str | None = None) -> Tensor:
+    """Linear attention without feature map and denominator: o = q (kᵀ v) · scale.
+
+    Args:
+        q: ``(B, H, N, D)``.
+        k: ``(B, H, M, D)``.
+        v: ``(B, H, M, Dv)``.
+        scale: D^-0.5 by default.
+        backend: As in ``linear_attention``.
+
+    Returns:
+        ``(B, H, N, Dv)``. In float16 it overflows where the product does: there is no denominator to tame it.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return linear_attention(q, k, v, normalize=False, scale=scale, backend=backend)
+
+
+def decoupled_la(
+    q: Tensor,
+    k: Tensor,
+    q_rope: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear attention with features of its own in the numerator: o = q_rope (k_ropeᵀ v · scale) / (q · mean(k) + ε).
+
+    Args:
+        q: Queries of the denominator ``(B, H, N, D)``, after their feature map.
+        k: Keys of the denominator ``(B, H, M, D)``.
+        q_rope: Queries of the numerator, shaped as q.
+        k_rope: Keys of the numerator, shaped as k.
+        v: ``(B, H, M, Dv)``.
+        scale: 1/M by default.
+        eps: Added to the denominator.
+        backend: As in ``linear_attention``.
+
+    Returns:
+        ``(B, H, N, Dv)``.
+    """
+    q, k, q_rope, k_rope, v = _autocast(q, k, q_rope, k_rope, v)
+    _check_tensors({"q": q, "k": k, "q_rope": q_rope, "k_rope": k_rope, "v": v}, "(B, H, N, D)", ndim=4)
+    B, H, _, D = q.shape
+    M = k.shape[2]
+    _expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
+    _expect("v", v, (B, H, M, v.shape[3]), "(B, H, M, Dv) with B, H of q and M of k")
+    _expect("q_rope", q_rope, tuple(q.shape), "the shape of q")
+    _expect("k_rope", k_rope, tuple(k.shape), "the shape of k")
+    return _run(q_rope, k_rope, v, FeatureMap("identity"), backend, q_denominator=q, k_denominator=k, scale=scale,
+                eps=eps)  # fmt: skip
+
+
+def varlen_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    *,
+    feature_map: str | FeatureMap | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear attention within each of several sequences that are packed into one tensor.
+
+    Args:
+        q: ``(total, H, D)``: the sequences' tokens one after the other.
+        k: ``(total, H, D)``.
+        v: ``(total, H, Dv)``.
+        cu_seqlens: int32 ``(sequences + 1,)``, cumulative lengths from 0 to total.
+        max_seqlen: Length of the longest sequence, or more.
+        scale: By default 1 / length, for each sequence its own.
+        eps: Added to the denominator.
+        feature_map: As in ``linear_attention``.
+        backend: As in ``linear_attention``.
+
+    Returns:
+        ``(total, H, Dv)``.
+    """
+    q, k, v = _autocast(q, k, v)
+    _check_tensors({"q": q, "k": k, "v": v}, "(total, H, D)", ndim=3)
+    feature_map = resolve_feature_map(feature_map)
+    total, H, _ = q.shape
+    _expect("k", k, tuple(q.shape), "the shape of q")
+    _expect("v", v, (total, H, v.shape[2]), "(total, H, Dv) with total, H of q")
+    _check_device("cu_seqlens", cu_seqlens, q)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens must be int32 of shape (sequences + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    if not 0 < max_seqlen:
+        raise ValueError(f"max_seqlen must be positive, got {max_seqlen}")
+    q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))  # (1, H, total, D)
+    _check_feature_map(feature_map, q, v, None)
+    o = _run(q, k, v, feature_map, backend, scale=scale, eps=eps, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+    return o.transpose(1, 2).squeeze(0)
+
+
+def _run(q, k, v, feature_map, backend, *, max_seqlen=None, **arguments) -> Tensor:
+    if _choose_backend(backend, q) == "reference":
+        return linear_attention_reference(q, k, v, feature_map, **arguments)
+    query_weight, key_weight = None, arguments.pop("key_weight", None)
+    if feature_map.name == "focusing_power":  # the kernels compute uᵖ; the norm ratio joins as a weight per token
+        parameter = feature_map.parameter.float()[:, None]
+        query_weight, k_ratio = (
+            focusing_norm_ratio(x.float(), parameter, feature_map.exponent).expand(x.shape[:3]) for x in (q, k)
+        )
+        key_weight = k_ratio if key_weight is None else key_weight * k_ratio
+    return triton_linear_attention.linear_attention(
+        q, k, v, feature_map, query_weight=query_weight, key_weight=key_weight, max_seqlen=max_seqlen, **arguments
+    )
+
+
+def _choose_backend(backend: str | None, q: Tensor) -> str:
+    backend = backend or os.environ.get("FLASH_BLA_BACKEND") or None
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
+    if torch.compiler.is_exporting():
+        return "reference"  # an exported program must run where this package is not installed
+    if backend is None:
+        return "triton" if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 else "reference"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError("backend 'triton' was asked for, but Triton is not installed")
+        if not (q.is_cuda or q.is_meta or interpreting()):
+            raise ValueError(
+                f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got tensors on {q.device.type}"
+            )
+        if q.dtype == torch.float64:
+            raise TypeError("backend 'triton' takes float16, bfloat16 or float32; float64 is for the reference")
+    return backend
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's type, where it is on."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _check_tensors(tensors: dict[str, Tensor], shape: str, ndim: int) -> None:
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.ndim != ndim:
+            raise ValueError(f"{name} must have {ndim} dimensions {shape}, got {tuple(x.shape)}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}")
+        _check_device(name, x, first)
+
+
+def _check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device of q, {like.device}, got {x.device}")
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {meaning}, here {shape}, got {tuple(x.shape)}")
+
+
+def _check_feature_map(feature_map: FeatureMap, q: Tensor, v: Tensor, rope) -> None:
+    if feature_map.parameter is not None:
+        shape = (q.shape[1], q.shape[3])
+        _expect(f"the parameter of {feature_map.name}", feature_map.parameter, shape, "(H, D)")
+        _check_device(f"the parameter of {feature_map.name}", feature_map.parameter, q)
+    if feature_map.signed and v.shape[-1] % 2:
+        raise ValueError(f"signed_power splits v's channels in two: Dv must be even, got {v.shape[-1]}")
+    if feature_map.signed and rope is not None:
+        raise ValueError("rope is not defined for the 2D features of signed_power")
+
+
+def _check_rope(rope, q: Tensor, M: int) -> tuple[Tensor, Tensor]:
+    _, H, N, D = q.shape
+    if not isinstance(rope, (tuple, list)) or len(rope) != 2:
+        raise TypeError("rope must be a pair (cos, sin) of tensors")
+    if M != N or D % 2:
+        raise ValueError(f"rope needs as many keys as queries and an even head width, got N={N}, M={M}, D={D}")
+    for name, table in zip(("rope's cos", "rope's sin"), rope, strict=True):
+        _check_device(name, table, q)
+        if table.ndim != 3 or table.shape[0] not in (1, H) or tuple(table.shape[1:]) != (N, D // 2):
+            raise ValueError(f"{name} must have shape (1 or H, N, D/2), here ({H}, {N}, {D // 2}), "
+                             f"got {tuple(table.shape)}")  # fmt: skip
+    return tuple(rope)
