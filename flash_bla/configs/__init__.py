@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -72,9 +72,7 @@ def check_entries(entries: Mapping[str, Any], hints: Mapping[str, Any], where: s
             raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, hints)}")
         hint = hints[key]
         if not _fits(value, hint):
-            expected = (
-                hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
-            )
+            expected = str(hint).replace("typing.", "") if get_args(hint) else hint.__name__
             raise ValueError(f"{where}: {key} must be {expected}, got {value!r}")
 
 
