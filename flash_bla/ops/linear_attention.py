@@ -10,7 +10,7 @@ from torch import Tensor
 from flash_bla.ops import triton_linear_attention
 from flash_bla.ops.feature_maps import FeatureMap, focusing_norm_ratio, resolve_feature_map
 from flash_bla.ops.reference import linear_attention_reference
-from flash_bla.ops.triton_support import HAS_TRITON, interpreting
+from flash_bla.ops.triton_support import HAS_TRITON, INTERPRETING
 
 BACKENDS = ("reference", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -212,7 +212,7 @@ def _choose_backend(backend: str | None, q: Tensor) -> str:
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError("backend 'triton' was asked for, but Triton is not installed")
-        if not (q.is_cuda or q.is_meta or interpreting()):
+        if not (q.is_cuda or q.is_meta or INTERPRETING):
             raise ValueError(
                 f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got tensors on {q.device.type}"
             )

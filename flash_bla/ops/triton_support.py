@@ -22,6 +22,5 @@ except ImportError:
         return function if function is not None else jit
 
 
-def interpreting() -> bool:
-    """Whether Triton's interpreter (``TRITON_INTERPRET=1``) runs the kernels, on any device."""
-    return HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Whether Triton's interpreter runs the kernels, on any device; Triton reads the variable when it is imported, too.
+INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
