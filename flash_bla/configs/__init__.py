@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
+
+from flash_bla.suggest import did_you_mean
 
 FOLDER = Path(__file__).parent
 
@@ -47,13 +48,6 @@ def config_path(name: str) -> Path:
         names = [file.relative_to(FOLDER).with_suffix("").as_posix() for file in FOLDER.rglob("*.yaml")]
         raise ValueError(f"no config is called {name!r}{did_you_mean(name, names)}")
     return path
-
-
-def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest valid one, or all of them if none is near."""
-    valid = sorted(valid)
-    nearest = get_close_matches(str(name), valid, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; valid are {', '.join(valid)}"
 
 
 def check_entries(entries: Mapping[str, Any], hints: Mapping[str, Any], where: str) -> None:

@@ -1,0 +1,34 @@
+"""Attention modules: tokens ``(B, N, C)`` and a grid (H, W) in, tokens ``(B, N, C)`` out."""
+
+from flash_bla.layers.attention import (
+    attention_options,
+    check_attention_args,
+    create_attention,
+    register_attention,
+)
+from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.focused import FocusedLinearAttention
+from flash_bla.layers.linear import LinearAttention
+from flash_bla.layers.mamba_like import MambaLikeLinearAttention
+from flash_bla.layers.pola import PolaLinearAttention
+from flash_bla.layers.position import KeyPositionalEncoding, resample_entry
+from flash_bla.layers.rank_augmented import RankAugmentedLinearAttention
+from flash_bla.layers.rope import axial_rope
+from flash_bla.layers.softmax import SoftmaxAttention
+
+__all__ = [
+    "DepthwiseConv",
+    "FocusedLinearAttention",
+    "KeyPositionalEncoding",
+    "LinearAttention",
+    "MambaLikeLinearAttention",
+    "PolaLinearAttention",
+    "RankAugmentedLinearAttention",
+    "SoftmaxAttention",
+    "attention_options",
+    "axial_rope",
+    "check_attention_args",
+    "create_attention",
+    "register_attention",
+    "resample_entry",
+]

@@ -1,0 +1,89 @@
+"""Rank-augmented linear attention (RALA)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flash_bla.layers.attention import register_attention
+from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.rope import axial_rope
+from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
+from flash_bla.ops import linear_attention
+
+
+@register_attention("rala")
+class RankAugmentedLinearAttention(nn.Module):
+    r"""Linear attention with a weight for each key and a gate for each output, which raise the rank of both.
+
+    .. math::
+        w = N\, softmax_m\left(d^{-1/2}\, \bar q \cdot φ(k_m)\right), \quad
+        \bar q = \frac{1}{N} \sum_n φ(q_n), \quad φ = elu + 1
+
+        o_n = \left(\frac{R_n φ(q_n) \sum_m w_m (R_m φ(k_m))^T v_m}{φ(q_n) \cdot \sum_m w_m φ(k_m)}
+              + LePE(v)_n\right) \odot g_n
+
+    R turns each head's channels by the place of the token, LePE is a depthwise convolution, g a gate projected from the
+    input.
+
+    Args:
+        dim: Channels C.
+        num_heads: Number of heads, of a multiple of 4 channels each.
+        qkv_bias: Whether the projection to q, k, v and the gate has a bias.
+        proj_drop: Dropout after the output projection.
+        kernel_size: Side of the depthwise convolution.
+
+    Reference:
+        Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", CVPR 2025.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        kernel_size: int = 5,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.head_dim = head_width(dim, num_heads, multiple_of=4)
+        self.num_heads = num_heads
+        self.qkvo = nn.Linear(dim, 4 * dim, bias=qkv_bias, **dd)
+        self.lepe = DepthwiseConv(dim, kernel_size, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
+        q, k, v, gate = self.qkvo(x).chunk(4, dim=-1)
+        q, k = split_heads(q, self.num_heads), split_heads(k, self.num_heads)
+        o = linear_attention(
+            q,
+            k,
+            split_heads(v, self.num_heads),
+            feature_map="elu1",
+            key_weight=key_weights(q, k),
+            rope=axial_rope(x, grid, self.head_dim, endpoint=True),
+        )
+        x = (merge_heads(o) + self.lepe(v, grid)) * gate
+        return self.proj_drop(self.proj(x))
+
+
+def key_weights(q: Tensor, k: Tensor) -> Tensor:
+    """RALA's weight of each key, w = N softmax(d^-0.5 · mean(φ(q)) · φ(k)), in float32.
+
+    Args:
+        q: Queries ``(B, H, N, D)`` before the feature map.
+        k: Keys ``(B, H, N, D)`` before the feature map.
+
+    Returns:
+        ``(B, H, N)``, of mean 1.
+    """
+    q, k = (F.elu(at_least_float32(x)) + 1 for x in (q, k))
+    # A product and a sum: autocast would compute a matrix product in half precision.
+    scores = (q.mean(dim=2, keepdim=True) * k).sum(dim=-1)
+    return k.shape[2] * F.softmax(scores * k.shape[3] ** -0.5, dim=-1)

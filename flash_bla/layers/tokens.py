@@ -1,0 +1,39 @@
+"""Tokens (B, N, C): their heads, their prefix, their precision."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def head_width(dim: int, num_heads: int, multiple_of: int = 1) -> int:
+    """Channels of one head; a ValueError if the heads do not share ``dim`` evenly."""
+    width, rest = divmod(dim, num_heads)
+    if rest or width % multiple_of:
+        wanted = f"{num_heads} heads" + (f", each of a multiple of {multiple_of} channels" if multiple_of > 1 else "")
+        raise ValueError(f"dim={dim} cannot be divided into {wanted}")
+    return width
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``(B, N, C)`` to ``(B, H, N, C/H)``, a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """``(B, H, N, D)`` to ``(B, N, H·D)``."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def count_prefix_tokens(x: Tensor, grid: tuple[int, int]) -> int:
+    """How many of the tokens ``(B, N, C)`` stand before those of the grid, as class and register tokens do."""
+    height, width = grid
+    count = x.shape[1] - height * width
+    if count < 0:
+        raise ValueError(f"grid {height}x{width} needs {height * width} tokens, got {x.shape[1]}")
+    return count
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 if its type is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

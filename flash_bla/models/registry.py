@@ -1,0 +1,282 @@
+"""From YAML files to models registered with timm, and from models to descriptions that rebuild them elsewhere.
+
+A YAML file defines a model:
+
+    family: vit                  # a module of flash_bla.models
+    model: {embed_dim: 384, depth: 12, num_heads: 6, attention: pola}      # arguments of the family's class
+    pretrained: {}               # tag: entries of timm's pretrained_cfg
+    recipe: deit                 # training settings by name, flash_bla/configs/recipes/deit.yaml
+    train: {}                    # training settings that differ from the recipe
+
+Its name is that of the file, or the value of a further key ``name``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import timm
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_name,
+    is_model,
+    list_models,
+    register_model,
+)
+from torch import Tensor, nn
+
+from flash_bla.configs import FOLDER, check_entries, load_yaml
+from flash_bla.suggest import did_you_mean
+
+FAMILIES = ("vit",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the registry must know of a family: its module holds one, called ``FAMILY``.
+
+    Attributes:
+        model_cls: Its class; ``img_size``, ``in_chans`` and ``num_classes`` are among the arguments.
+        pretrained_cfg: Entries of timm's pretrained_cfg that all its models share.
+        feature_cfg: How ``features_only`` extracts features, see ``timm.models.build_model_with_cfg``.
+        filter_fn: Maps a pretrained state dict to the model's names, ``(state_dict, model) -> state_dict``.
+    """
+
+    model_cls: type[nn.Module]
+    pretrained_cfg: dict[str, Any]
+    feature_cfg: dict[str, Any]
+    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model as its YAML file defines it."""
+
+    name: str
+    family: str
+    args: dict[str, Any]
+    pretrained: dict[str, dict[str, Any]]
+    recipe: str | None
+    train: dict[str, Any]
+    path: Path = field(compare=False)
+
+
+_CONFIGS: dict[str, ModelConfig] = {}
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """Reads and checks a model's YAML file.
+
+    The training settings (``train``) are for the trainer to check.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not YAML, or has an unknown key or a value of a wrong type; it names file and key.
+    """
+    path = Path(path)
+    content = load_yaml(path)
+    section = dict[str, Any] | None
+    hints = {
+        "name": str,
+        "family": str,
+        "model": section,
+        "pretrained": section,
+        "recipe": str | None,
+        "train": section,
+    }
+    check_entries(content, hints, str(path))
+    name = content.get("name", path.stem)
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"{path}: {name!r} is no name for a model, use letters, digits, '_' and '-' (key 'name')")
+    if "family" not in content:
+        raise ValueError(f"{path}: the key 'family' is missing; valid are {', '.join(FAMILIES)}")
+    config = ModelConfig(
+        name=name,
+        family=content["family"],
+        args=content.get("model") or {},
+        pretrained=content.get("pretrained") or {},
+        recipe=content.get("recipe"),
+        train=content.get("train") or {},
+        path=path,
+    )
+    if config.family not in FAMILIES:
+        raise ValueError(f"{path}: no family is called {config.family!r}{did_you_mean(config.family, FAMILIES)}")
+    check_entries(config.args, _argument_hints(config.family), f"{path}: model")
+    check_entries(config.pretrained, dict.fromkeys(config.pretrained, dict[str, Any]), f"{path}: pretrained")
+    for tag, entries in config.pretrained.items():
+        check_entries(entries, get_type_hints(PretrainedCfg), f"{path}: pretrained: {tag}")
+    return config
+
+
+def register_config(path: str | Path) -> str:
+    """Registers the model of a YAML file with timm, so that ``timm.create_model`` knows it.
+
+    A file may be registered again, as long as it defines the same model.
+
+    Returns:
+        The model's name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file does not define a model that can be built, or its name belongs to another one.
+    """
+    config = read_config(path)
+    known = _CONFIGS.get(config.name)
+    if known is not None and (known.family, known.args, known.pretrained) != (
+        config.family,
+        config.args,
+        config.pretrained,
+    ):
+        raise ValueError(f"{path}: {known.path} defines another model {config.name!r}; choose a new name (key 'name')")
+    if known is None:
+        try:
+            _family(config.family).model_cls(**config.args, device="meta")
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: the model cannot be built: {error}") from error
+        _register(config)
+    _CONFIGS[config.name] = config
+    return config.name
+
+
+def register_packaged_configs() -> None:
+    """Registers the models of the package."""
+    for path in sorted(FOLDER.glob("*.yaml")):
+        config = read_config(path)
+        if config.name not in _CONFIGS:
+            _register(config)
+            _CONFIGS[config.name] = config
+
+
+def describe_model(name: str, **model_kwargs: Any) -> dict[str, Any]:
+    """Describes a model so that ``build_model`` rebuilds it in another process, even one that lacks its YAML file.
+
+    Args:
+        name: A model of this library or of timm.
+        **model_kwargs: As for ``timm.create_model``.
+
+    Returns:
+        ``{"name": ..., "family": ... or None for a model of timm, "args": ...}``, plain values that JSON and
+        ``torch.load(weights_only=True)`` read.
+
+    Raises:
+        ValueError: No model has that name, or an argument is no plain value.
+    """
+    if ":" not in name and not is_model(name):  # hf-hub:... and local-dir:... are timm's to resolve
+        raise ValueError(f"no model is called {name!r}{did_you_mean(name, list_models())}")
+    args = {key: value for key, value in model_kwargs.items() if value is not None}
+    config = _CONFIGS.get(get_arch_name(name))
+    if config is not None:
+        args = {**config.args, **args}
+    for key, value in args.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(f"{name}: argument {key}={value!r} cannot be written into a description") from error
+    return {"name": name, "family": None if config is None else config.family, "args": copy.deepcopy(args)}
+
+
+def build_model(description: dict[str, Any], **overrides: Any) -> nn.Module:
+    """Builds the model of a description, without weights.
+
+    Args:
+        description: What ``describe_model`` gave.
+        **overrides: Arguments that replace or join the described ones, such as ``num_classes`` or ``device``.
+
+    Raises:
+        ValueError: It is no description.
+    """
+    if not isinstance(description, dict) or not {"name", "family", "args"} <= description.keys():
+        raise ValueError(f"a model's description has the keys name, family and args, got {description!r}")
+    name, family, args = description["name"], description["family"], {**description["args"], **overrides}
+    if family is None:
+        return timm.create_model(name, **args)
+    if family not in FAMILIES:
+        raise ValueError(f"{name}: no family is called {family!r}{did_you_mean(family, FAMILIES)}")
+    return _build(get_arch_name(name), family, args, pretrained_cfg=_pretrained_cfg(family, args))
+
+
+def _register(config: ModelConfig) -> None:
+    """Gives timm an entry point, a function in the family's module, and its pretrained configurations."""
+    module = importlib.import_module(f"flash_bla.models.{config.family}")
+    if is_model(config.name) or hasattr(module, config.name):
+        raise ValueError(f"{config.path}: {config.name!r} exists already; choose a new name (key 'name')")
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _build(config.name, config.family, {**config.args, **kwargs}, pretrained)
+
+    create.__name__ = create.__qualname__ = config.name
+    create.__module__ = module.__name__
+    create.__doc__ = f"{config.name}, as {config.path.name} defines it."
+    cfg = _pretrained_cfg(config.family, config.args)
+    tagged = {f"{config.name}.{tag}": {**cfg, **entries} for tag, entries in config.pretrained.items()}
+    vars(module).setdefault("default_cfgs", {}).update(generate_default_cfgs(tagged or {config.name: cfg}))
+    setattr(module, config.name, create)
+    register_model(create)
+
+
+def _build(name: str, family_name: str, args: dict[str, Any], pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    family = _family(family_name)
+
+    def filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        state_dict = family.filter_fn(state_dict, model) if family.filter_fn else state_dict
+        _check_pretrained(name, state_dict, model)
+        return state_dict
+
+    return build_model_with_cfg(
+        family.model_cls,
+        name,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg=dict(family.feature_cfg),  # timm writes into it
+        **kwargs,
+        **copy.deepcopy(args),
+    )
+
+
+def _check_pretrained(name: str, state_dict: dict[str, Tensor], model: nn.Module) -> None:
+    """timm loads weights without looking at their entries once the number of classes differs; the head aside, they must
+    still be the model's.
+    """
+    classifiers = model.pretrained_cfg["classifier"]
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    prefixes = tuple(f"{classifier}." for classifier in classifiers)
+    found, expected = (
+        {key for key in entries if not key.startswith(prefixes)} for entries in (state_dict, model.state_dict())
+    )
+    if found != expected:
+        missing, unexpected = (", ".join(sorted(keys)[:5]) or "none" for keys in (expected - found, found - expected))
+        raise RuntimeError(
+            f"these weights are not those of {name}: {len(expected - found)} entries are missing ({missing}), "
+            f"{len(found - expected)} are unknown ({unexpected})"
+        )
+
+
+def _family(name: str) -> Family:
+    return importlib.import_module(f"flash_bla.models.{name}").FAMILY
+
+
+def _argument_hints(family: str) -> dict[str, Any]:
+    hints = get_type_hints(_family(family).model_cls.__init__)
+    hints.pop("return", None)
+    return hints
+
+
+def _pretrained_cfg(family_name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """timm's pretrained_cfg of a model without weights."""
+    family = _family(family_name)
+    parameters = inspect.signature(family.model_cls).parameters
+    img_size, in_chans, num_classes = (
+        args.get(key, parameters[key].default) for key in ("img_size", "in_chans", "num_classes")
+    )
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return {**family.pretrained_cfg, "input_size": (in_chans, height, width), "num_classes": num_classes}

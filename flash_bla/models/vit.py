@@ -1,0 +1,285 @@
+"""Plain vision transformer whose blocks take any attention of ``flash_bla.layers``, each another if wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, calculate_drop_path_rates
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import Tensor, nn
+
+from flash_bla.layers import check_attention_args, create_attention, resample_entry
+from flash_bla.models.registry import Family
+
+__all__ = ["Block", "VisionTransformer"]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block around an attention that knows the grid.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads.
+        attention: Name of the attention.
+        attention_args: Options for it; those that it lacks are left out.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+        init_values: Initial layer scale; None for no layer scale.
+        proj_drop: Dropout in the MLP.
+        drop_path: Rate of stochastic depth.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        attention: str,
+        attention_args: dict[str, Any],
+        mlp_ratio: float = 4.0,
+        init_values: float | None = None,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = LayerNorm(dim, **dd)
+        self.attn = create_attention(attention, dim, num_heads, offer=attention_args, **dd)
+        self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = LayerNorm(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """``(B, N, C)`` to ``(B, N, C)``."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class VisionTransformer(TimmVisionTransformer):
+    """timm's vision transformer with the attentions of this library, on images of any size.
+
+    Position encodings are learned for ``img_size`` and resampled in calls with another size; sides that are no multiple
+    of the patch are padded.
+
+    Args:
+        img_size: Input size that the position encodings are learned for.
+        patch_size: Side of the patches.
+        in_chans: Input channels.
+        num_classes: Classes of the head, 0 for none.
+        global_pool: How the head pools the tokens: their mean, or ``"token"`` for the class token, and timm's others.
+        embed_dim: Channels.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        attention: Name of the attention (see ``flash_bla.layers.create_attention``), or a list of ``depth`` names.
+        attention_args: Options for the attentions; each goes to the blocks whose attention has it.
+        mlp_ratio: Hidden width of the MLPs over ``embed_dim``.
+        qkv_bias: Whether the attentions' input projections have a bias.
+        init_values: Initial layer scale; None for no layer scale.
+        class_token: Whether a class token precedes the patches.
+        reg_tokens: Number of register tokens.
+        no_embed_class: Leaves class and register tokens without position embedding.
+        fc_norm: Norm after pooling instead of before; by default where ``global_pool`` pools patches.
+        drop_rate: Dropout before the head.
+        pos_drop_rate: Dropout after the position embedding.
+        proj_drop_rate: Dropout after output projections and in the MLPs.
+        attn_drop_rate: Dropout of attention weights, in the attentions that have any.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
+
+    Raises:
+        ValueError: An unknown attention, a list of them that is not ``depth`` long, or an option of none of them.
+
+    Reference:
+        Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; Touvron et al., "Training data-efficient image
+        transformers & distillation through attention", ICML 2021.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal["", "avg", "avgmax", "max", "token", "map", "prr"] = "avg",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        attention: str | Sequence[str] = "linear",
+        attention_args: dict[str, Any] | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        class_token: bool = False,
+        reg_tokens: int = 0,
+        no_embed_class: bool = False,
+        fc_norm: bool | None = None,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            embed_dim=embed_dim,
+            depth=0,  # the blocks are this class's own
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            class_token=class_token,
+            reg_tokens=reg_tokens,
+            no_embed_class=no_embed_class,
+            fc_norm=fc_norm,
+            dynamic_img_size=True,
+            dynamic_img_pad=True,
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            weight_init="skip",
+            **dd,
+        )
+        attentions = [attention] * depth if isinstance(attention, str) else list(attention)
+        if len(attentions) != depth:
+            raise ValueError(f"attention must be a name or a list of depth={depth} names, got {len(attentions)}")
+        attention_args = attention_args or {}
+        check_attention_args(attentions, attention_args)
+        offer = {
+            "qkv_bias": qkv_bias,
+            "attn_drop": attn_drop_rate,
+            "proj_drop": proj_drop_rate,
+            "grid_size": self.patch_embed.grid_size,
+            **attention_args,
+        }
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    attentions[i],
+                    offer,
+                    mlp_ratio=mlp_ratio,
+                    init_values=init_values,
+                    proj_drop=proj_drop_rate,
+                    drop_path=drop_path_rates[i],
+                    **dd,
+                )
+                for i in range(depth)
+            )
+        )
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+        ]
+        self.weight_init_mode = ""
+        self.init_weights(needs_reset=False)
+        self.register_load_state_dict_pre_hook(_resample_on_load)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Changes the input size (and patch size) that the position encodings belong to, and resamples them."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        for block in self.blocks:
+            if hasattr(block.attn, "set_grid_size"):
+                block.attn.set_grid_size(self.patch_embed.grid_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(B, in_chans, H, W)`` of any size to logits ``(B, num_classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to tokens ``(B, prefix + patches, embed_dim)``, before pooling."""
+        x, grid = self._embed(x)
+        for block in self.blocks:
+            x = self._run(block, x, grid)
+        return self.norm(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> Any:
+        """Outputs of blocks, as timm's models give them.
+
+        Args:
+            x: Images.
+            indices: The last n blocks (an integer), chosen ones (a list) or all (None).
+            return_prefix_tokens: Gives pairs of patch tokens and prefix tokens.
+            norm: Applies the final norm to each output.
+            stop_early: Leaves out the blocks after the last chosen one.
+            output_fmt: ``"NCHW"`` maps or ``"NLC"`` tokens.
+            intermediates_only: Leaves out the final features.
+            output_dict: Gives a dict with ``image_intermediates`` and what else was asked for.
+
+        Returns:
+            Final features and a list of outputs, or that list, or a dict.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        x, grid = self._embed(x)
+        outputs = []
+        for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
+            x = self._run(block, x, grid)
+            if i in take_indices:
+                outputs.append(self.norm(x) if norm else x)
+
+        prefixes = [y[:, : self.num_prefix_tokens] for y in outputs]
+        outputs = [y[:, self.num_prefix_tokens :] for y in outputs]
+        if output_fmt == "NCHW":
+            outputs = [y.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for y in outputs]
+        return_prefix_tokens = return_prefix_tokens and self.num_prefix_tokens > 0
+        if output_dict:
+            result = {"image_intermediates": outputs}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefixes
+            if not intermediates_only:
+                result["image_features"] = self.norm(x)
+            return result
+        if return_prefix_tokens:
+            outputs = list(zip(outputs, prefixes, strict=True))
+        return outputs if intermediates_only else (self.norm(x), outputs)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.patch_embed(x)  # (B, H, W, C)
+        return self._pos_embed(x), (x.shape[1], x.shape[2])
+
+    def _run(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+
+
+def _resample_on_load(module: VisionTransformer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    num_prefix_tokens = 0 if module.no_embed_class else module.num_prefix_tokens
+    resample_entry(state_dict, f"{prefix}pos_embed", module.patch_embed.grid_size, num_prefix_tokens)
+
+
+FAMILY = Family(
+    VisionTransformer,
+    pretrained_cfg={
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+    },
+    feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+)
