@@ -33,6 +33,8 @@ def linear_attention_reference(
     """
     if cu_seqlens is not None:
         starts = cu_seqlens.tolist()
+        if starts[0] != 0 or starts[-1] != q.shape[2] or starts != sorted(starts):
+            raise ValueError(f"cu_seqlens must run from 0 to {q.shape[2]}, the number of tokens, got {starts}")
         outputs = [
             linear_attention_reference(
                 q[..., a:b, :], k[..., a:b, :], v[..., a:b, :], feature_map, normalize=normalize, scale=scale, eps=eps

@@ -39,7 +39,8 @@ def _span(cu_seqlens, sequence, length, VARLEN: tl.constexpr):
     if VARLEN:
         first = tl.load(cu_seqlens + sequence)
         return sequence.to(tl.int64) * 0, first, tl.load(cu_seqlens + sequence + 1) - first
-    return sequence.to(tl.int64), 0, length
+    else:
+        return sequence.to(tl.int64), 0, length
 
 
 @jit
@@ -70,7 +71,8 @@ def _load_rope(cos, sin, strides, head, n, inside, ROPE: tl.constexpr, D: tl.con
         cos = tl.load(_tile(cos + head * strides[0], n, pair, strides[1], strides[2]), mask=mask, other=0.0)
         sin = tl.load(_tile(sin + head * strides[0], n, pair, strides[1], strides[2]), mask=mask, other=0.0)
         return cos, sin
-    return 0.0, 0.0
+    else:
+        return 0.0, 0.0
 
 
 @jit
@@ -78,14 +80,16 @@ def _load_weight(w, strides, batch, head, row, inside, WEIGHT: tl.constexpr):
     if WEIGHT:
         pointers = w + batch * strides[0] + head * strides[1] + row.to(tl.int64) * strides[2]
         return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)[:, None]
-    return 1.0
+    else:
+        return 1.0
 
 
 @jit
 def _load_parameter(a, head, d, PARAMETER: tl.constexpr, D: tl.constexpr):
     if PARAMETER:
         return tl.load(a + head * D + d, mask=d < D, other=1.0)[None, :]
-    return 1.0
+    else:
+        return 1.0
 
 
 @jit
@@ -99,7 +103,8 @@ def _features(
     rounded = features.to(OPERAND)
     if ROPE:
         return _turn(features, cos, sin, BLOCK_N, BLOCK_D).to(OPERAND), rounded.to(tl.float32)
-    return rounded, rounded.to(tl.float32)
+    else:
+        return rounded, rounded.to(tl.float32)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -231,7 +236,7 @@ def _output_kernel(
                 if SIGNED:
                     z = tl.load(z_ptr + (at + 1) * D + d, mask=d < D, other=0.0)
                     denominator += tl.sum(features_minus * z[None, :], 1)
-            for tile in tl.static_range((DV + BLOCK_DV - 1) // BLOCK_DV):
+            for tile in range(tl.cdiv(DV, BLOCK_DV)):
                 c = tile * BLOCK_DV + tl.arange(0, BLOCK_DV)
                 s_mask = (d < D)[:, None] & (c < DV)[None, :]
                 state = tl.load(_tile(state_ptr + at * D * DV, d, c, DV, 1), mask=s_mask, other=0.0).to(OPERAND)
@@ -349,7 +354,7 @@ def _gradient_kernel(
             d_centered = tl.zeros((BLOCK_N,), tl.float32)  # Σ_c dn_c (o_c - m_c)
             d_mean = tl.zeros((BLOCK_N,), tl.float32)  # Σ_c dn_c m_c
 
-            for tile in tl.static_range((DV + BLOCK_DV - 1) // BLOCK_DV):
+            for tile in range(tl.cdiv(DV, BLOCK_DV)):
                 c = tile * BLOCK_DV + tl.arange(0, BLOCK_DV)
                 y_mask = inside[:, None] & (c < DV)[None, :]
                 y_column = stream * DV + c
@@ -500,9 +505,9 @@ def _launch(kernel, problem: _Problem, queries: bool, tensors: dict, *, splits: 
         EXPONENT=p.exponent, D=D, DV=D_v, SIGNED=p.streams == 2, PARAMETER=p.parameter is not None,
         WEIGHT=weight is not None, ROPE=p.cos is not None, DECOUPLED=x_denominator is not None,
         NORMALIZE=p.normalize, VARLEN=p.cu_seqlens is not None, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        **_precision(x), **tensors, **options,
+        **_precision_for(x.dtype, hip=torch.version.hip is not None), **tensors, **options,
     )  # fmt: skip
-    kernel[grid](**arguments, num_warps=4 if block_d <= 64 else 8)
+    kernel[grid](**arguments, num_warps=4 if block_d <= 64 else 8, num_stages=2 if block_d <= 64 else 1)
 
 
 def _rope_strides(table: Tensor | None) -> tuple[int, int, int]:
@@ -519,12 +524,12 @@ def _blocks(D: int, D_v: int, streams: int, itemsize: int) -> tuple[int, int, in
     return block_n, block_d, block_dv
 
 
-def _precision(x: Tensor) -> dict:
-    if x.dtype == torch.bfloat16 and not INTERPRETING:  # the interpreter cannot multiply bfloat16
+def _precision_for(dtype: torch.dtype, hip: bool) -> dict:
+    if dtype == torch.bfloat16 and not INTERPRETING:  # the interpreter cannot multiply bfloat16
         return dict(OPERAND=tl.bfloat16, PRECISION="ieee")
-    if x.dtype == torch.float16 and torch.version.hip is None:
+    if dtype == torch.float16 and not hip:
         return dict(OPERAND=tl.float32, PRECISION="tf32")
-    return dict(OPERAND=tl.float32, PRECISION="ieee" if torch.version.hip else "tf32x3")
+    return dict(OPERAND=tl.float32, PRECISION="ieee" if hip else "tf32x3")
 
 
 def _splits(problem: _Problem, x: Tensor, programs: int) -> int:
@@ -623,9 +628,9 @@ def linear_attention_backward(
     B, H, N, _ = q.shape
     rows = q.new_empty((2, B, H, p.streams, N), dtype=torch.float32)
     dq, dq_denominator, dq_weight, da = _gradient(p, True, do, None, state, z, rows)
-    none = q.new_empty(0)
     if not keys:
-        return dq, none, none, dq_denominator, none.clone(), da, dq_weight, none.clone()
+        dk, dv, dk_denominator, dk_weight = (p.empty_like(None) for _ in range(4))
+        return dq, dk, dv, dq_denominator, dk_denominator, da, dq_weight, dk_weight
     dv = p.empty_like(v)
     dk, dk_denominator, dk_weight, da_keys = _gradient(p, False, v, dv, *_state(p, True, do, rows), rows)
     return dq, dk, dv, dq_denominator, dk_denominator, da + da_keys, dq_weight, dk_weight

@@ -1,0 +1,123 @@
+"""The inputs on which every operator is tested, and how an error is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from flash_bla.ops import focusing_power, signed_power
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Largest relative error, in the Frobenius norm, against float64.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+# (B, H, N, M, D, Dv): one token, odd lengths, several blocks of rows, widths that are no powers of two, Dv ≠ D, M ≠ N
+SHAPES = [
+    (2, 3, 1, 1, 16, 16),
+    (1, 2, 17, 17, 8, 8),
+    (2, 2, 127, 127, 24, 24),
+    (1, 3, 197, 197, 36, 36),
+    (2, 1, 65, 65, 48, 48),
+    (1, 2, 49, 49, 64, 64),
+    (1, 2, 130, 130, 72, 40),
+    (1, 1, 33, 33, 96, 96),
+    (1, 2, 40, 300, 32, 48),
+    (2, 1, 300, 1, 32, 32),
+    (1, 1, 31, 70, 128, 160),
+    (1, 1, 20, 20, 256, 256),
+]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of calling ``linear_attention``."""
+
+    feature_map: str | None = "elu1"
+    key_weight: bool = False
+    rope: bool = False
+    options: dict = field(default_factory=dict)
+
+    def fits(self, shape) -> bool:
+        """Rotation needs M = N."""
+        return not self.rope or shape[2] == shape[3]
+
+
+VARIANTS = {
+    "elu1": Variant(),
+    "relu": Variant("relu"),
+    "identity": Variant(None, options=dict(normalize=False, scale=0.125)),
+    "elu1_scaled": Variant(options=dict(scale=-0.5, eps=1e-2)),
+    "elu1_weighted": Variant(key_weight=True),
+    "elu1_rope": Variant(rope=True),
+    "elu1_rope_weighted": Variant(rope=True, key_weight=True),
+    "focusing_power": Variant("focusing_power"),
+    "focusing_power_weighted": Variant("focusing_power", key_weight=True),
+    "signed_power": Variant("signed_power"),
+    "signed_power_weighted": Variant("signed_power", key_weight=True),
+}
+
+
+def make_inputs(shape, variant: Variant, dtype: torch.dtype, seed: int = 0):
+    """Leaves that need gradients, the fixed tables of ``rope``, and the gradient of the output.
+
+    q, k and v are views of one projection where the shape allows it, and v has a mean: gradients of q are then small
+    differences of large terms. Learned parameters, weights and tables stay float32.
+    """
+    B, H, N, M, D, D_v = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator)
+
+    if N == M and D == D_v:
+        q, k, v = randn(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q, k, v = randn(B, H, N, D), randn(B, M, H, D).transpose(1, 2), randn(B, H, D_v, M).transpose(2, 3)
+    leaves = {"q": q.to(dtype), "k": k.to(dtype), "v": (v + 1).to(dtype)}
+    if variant.feature_map == "focusing_power":
+        leaves["parameter"] = 0.5 + torch.rand(H, D, generator=generator)
+    if variant.feature_map == "signed_power":
+        leaves["parameter"] = 1 + 4 * torch.rand(H, D, generator=generator)
+    if variant.key_weight:
+        leaves["key_weight"] = 0.1 + torch.rand(B, 1, M, generator=generator)
+    angle = randn(H, N, D // 2)
+    rope = (angle.cos(), angle.sin()) if variant.rope else None
+    do = randn(B, N, H, D_v).transpose(1, 2).to(dtype)
+    return leaves, rope, do
+
+
+def forward_backward(function, variant: Variant, inputs, dtype: torch.dtype | None = None, **options):
+    """The output of ``linear_attention`` and the gradients of all leaves, on the test's device; ``dtype`` upcasts."""
+    leaves, rope, do = inputs
+    place = dict(device=DEVICE) if dtype is None else dict(device=DEVICE, dtype=dtype)
+    leaves = {name: x.detach().to(**place).requires_grad_() for name, x in leaves.items()}
+    rope = None if rope is None else tuple(table.to(**place) for table in rope)
+    feature_map = {"focusing_power": focusing_power, "signed_power": signed_power}.get(variant.feature_map)
+    feature_map = variant.feature_map if feature_map is None else feature_map(leaves["parameter"])
+    o = function(
+        leaves["q"], leaves["k"], leaves["v"], feature_map=feature_map, key_weight=leaves.get("key_weight"), rope=rope,
+        **variant.options, **options,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(o, list(leaves.values()), do.to(o))
+    return {"o": o.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def assert_close(results: dict, expected: dict, tolerance: float) -> None:
+    """Each tensor within ``tolerance`` of the expected one, relative in the Frobenius norm.
+
+    With a single key all weights are one, and what is left of the gradients of queries, keys and weights, terms in ε, is
+    a difference of numbers a million times as large. So the norm of a gradient counts as at least a hundredth of that
+    of the largest gradient, and with a single key as that of the largest.
+    """
+    assert results.keys() == expected.keys()
+    norms = {name: x.double().norm().item() for name, x in expected.items()}
+    single_key = "dk" in expected and expected["dk"].shape[2] == 1
+    floor = max(norm for name, norm in norms.items() if name != "o") * (1 if single_key else 1e-2)
+    errors = {}
+    for name, x in expected.items():
+        assert results[name].shape == x.shape
+        error = (results[name].double() - x.double()).norm().item()
+        errors[name] = error / max(norms[name], 0 if name == "o" else floor)
+    assert all(error <= tolerance for error in errors.values()), errors

@@ -1,0 +1,126 @@
+"""Compiles every kernel ahead of time, without a GPU, and checks the shared memory that it asks for.
+
+    python tests/ops/compile_targets.py [target ...]
+
+Run on its own (and by test_compile_targets.py), because it needs Triton without its interpreter.
+"""
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flash_bla.ops import triton_linear_attention as module
+
+# target and its shared memory per block, in KiB
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
+}
+TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
+    int: "i32", float: "fp32",
+}  # fmt: skip
+VARIANTS = {
+    "plain": dict(feature_map="elu1"),
+    "unnormalized": dict(feature_map="identity", normalize=False, scale=0.5),
+    "relu, packed": dict(feature_map="relu", cu_seqlens=torch.empty(3, dtype=torch.int32, device="meta")),
+    "rope, weight": dict(feature_map="elu1", rope=True, weight=True),
+    "focusing": dict(feature_map="focusing_power", exponent=3, parameter=True, weight=True),
+    "signed": dict(feature_map="signed_power", parameter=True),
+    "decoupled": dict(feature_map="identity", decoupled=True),
+}
+
+
+def problem(variant, dtype, D):
+    B, H, N = 2, 3, 100
+    variant = dict(variant)
+    x = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    decoupled = x(B, H, N, D, dtype=dtype) if variant.pop("decoupled", False) else None
+    table = x(H, N, D // 2) if variant.pop("rope", False) else None
+    weight = x(B, H, N) if variant.pop("weight", False) else None
+    parameter = x(H, D) if variant.pop("parameter", False) else None
+    options = dict(exponent=1, cu_seqlens=None, max_seqlen=N, normalize=True, scale=None, eps=1e-6) | variant
+    q, k, v = x(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    return module._Problem(
+        q=q, k=k, v=v, q_denominator=decoupled, k_denominator=decoupled, parameter=parameter, query_weight=weight,
+        key_weight=weight, cos=table, sin=table, **options,
+    )  # fmt: skip
+
+
+def launches(p):
+    """The arguments with which a forward and a backward pass of the problem call their kernels."""
+    calls = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda **arguments: calls.append((self.kernel, arguments))
+
+    names = ("_state_kernel", "_output_kernel", "_gradient_kernel")
+    kernels = {name: getattr(module, name) for name in names}
+    try:
+        for name, kernel in kernels.items():
+            setattr(module, name, Recorder(kernel))
+        arguments = tuple(p)
+        o, state, z = module.linear_attention_forward._init_fn(*arguments)
+        module.linear_attention_backward._init_fn(o, state, z, True, *arguments)
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+    return calls
+
+
+def kind(value):
+    if isinstance(value, tuple):
+        return tuple(kind(x) for x in value)
+    return TYPES[value.dtype] if isinstance(value, torch.Tensor) else TYPES[type(value)]
+
+
+def compile_launch(kernel, arguments, target, precision):
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+    if "PRECISION" in arguments and target.backend == "hip":
+        arguments |= precision
+    signature, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = kind(value)
+        if isinstance(value, torch.Tensor):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):  # as the launcher does: strides of 1 are constants, multiples of 16 are known
+            for j, stride in enumerate(value):
+                if stride % 16 == 0:
+                    aligned[(i, j)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target, options=options)
+
+
+def main(targets):
+    # every variant at one width, then the other operand types and the widest heads where a kernel holds the most
+    cases = [(label, torch.bfloat16, 32) for label in VARIANTS]
+    cases += [(label, dtype, D) for label in ("plain", "signed")
+              for dtype, D in ((torch.float16, 64), (torch.float32, 256))]  # fmt: skip
+    for name in targets:
+        target, limit = TARGETS[name]
+        most, count = (0, ""), 0
+        for label, dtype, D in cases:
+            for kernel, arguments in launches(problem(VARIANTS[label], dtype, D)):
+                precision = module._precision_for(dtype, hip=target.backend == "hip")
+                shared = compile_launch(kernel, arguments, target, precision).metadata.shared / 1024
+                what = f"{kernel.__name__}, {label}, D={D}, {dtype}"
+                assert shared <= limit, f"{name}: {what} needs {shared:.0f} KiB of shared memory of {limit}"
+                most, count = max(most, (shared, what)), count + 1
+        print(f"{name}: {count} kernels, at most {most[0]:.0f} of {limit} KiB of shared memory ({most[1]})", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or TARGETS)

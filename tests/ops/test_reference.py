@@ -1,0 +1,107 @@
+"""The reference, which everything else is held against, equals attention written out with its N × M weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.ops.cases import SHAPES, VARIANTS, assert_close, forward_backward, make_inputs
+from flash_bla.ops import decoupled_la, focusing_power, linear_attention, signed_power, simple_la
+from flash_bla.ops.reference import rotate
+
+
+def explicit_attention(q, k, v, feature_map, key_weight, rope, normalize=True, scale=None, eps=1e-6):
+    """o = Σ_m A_nm v_m with A_nm = w_m (R φ(q_n) · R φ(k_m)) s / (mean_m w_m φ(q_n) · φ(k_m) + ε), A written out."""
+    M = k.shape[2]
+    w = 1 if key_weight is None else key_weight[:, :, None, :]
+    scale = 1 / M if scale is None else scale
+
+    def attend(q, k, v):
+        turned_q, turned_k = (q, k) if rope is None else (turn(q, rope), turn(k, rope))
+        A = torch.einsum("bhnd,bhmd->bhnm", turned_q, turned_k) * w * scale
+        if normalize:
+            A = A / ((torch.einsum("bhnd,bhmd->bhnm", q, k) * w).mean(-1, keepdim=True) + eps)
+        return A @ v
+
+    if feature_map is None:
+        return attend(q, k, v)
+    if feature_map == "elu1":
+        return attend(F.elu(q) + 1, F.elu(k) + 1, v)
+    if feature_map == "relu":
+        return attend(F.relu(q), F.relu(k), v)
+    parameter = feature_map.parameter[:, None]
+    if feature_map.name == "focusing_power":
+
+        def focus(x):
+            u = ((F.relu(x) + 1e-6) / parameter).transpose(1, 2).flatten(2)  # norms over all heads
+            u = u**3 * u.norm(dim=-1, keepdim=True) / (u**3).norm(dim=-1, keepdim=True)
+            return u.unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+
+        return attend(focus(q), focus(k), v)
+    q_plus, q_minus, k_plus, k_minus = (F.relu(x) ** parameter for x in (q, -q, k, -k))
+    keys = torch.cat([k_plus, k_minus], -1)
+    v_same, v_opposite = v.chunk(2, -1)
+    same, opposite = torch.cat([q_plus, q_minus], -1), torch.cat([q_minus, q_plus], -1)
+    return torch.cat([attend(same, keys, v_same), attend(opposite, keys, v_opposite)], -1)
+
+
+def turn(x, rope):
+    """Rotation as a product of complex numbers."""
+    cos, sin = rope
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)).flatten(-2)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[6], SHAPES[8]], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_equals_explicit_attention(variant, shape):
+    if not variant.fits(shape):
+        pytest.skip("rope needs M = N")
+    inputs = make_inputs(shape, variant, torch.float64)
+    reference = forward_backward(linear_attention, variant, inputs, torch.float64, backend="reference")
+    explicit = forward_backward(explicit_attention, variant, inputs, torch.float64)
+    assert_close(reference, explicit, 1e-9)
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_gradcheck(variant):
+    leaves, rope, _ = make_inputs((1, 2, 5, 5, 4, 4), variant, torch.float64, seed=1)
+    # finite differences must not step over the kink at 0
+    leaves = {name: (x + 0.05 * x.sign()).double().requires_grad_() for name, x in leaves.items()}
+    rope = None if rope is None else tuple(table.double() for table in rope)
+    maps = {"focusing_power": focusing_power, "signed_power": signed_power}
+
+    def function(q, k, v, *rest):
+        rest = dict(zip([name for name in leaves if name not in "qkv"], rest, strict=True))
+        make = maps.get(variant.feature_map)
+        feature_map = variant.feature_map if make is None else make(rest["parameter"])
+        return linear_attention(
+            q, k, v, feature_map=feature_map, key_weight=rest.get("key_weight"), rope=rope, backend="reference",
+            **variant.options,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, list(leaves.values()))
+
+
+def test_simple_la_is_the_numerator_alone():
+    q, k, v = (torch.randn(2, 3, 9, 16, dtype=torch.float64) for _ in range(3))
+    torch.testing.assert_close(simple_la(q, k, v), (q @ k.transpose(2, 3)) @ v / 4)
+
+
+def test_decoupled_la_divides_by_its_own_features():
+    q, k, q_rope, k_rope = (torch.rand(2, 3, 9, 16, dtype=torch.float64) for _ in range(4))
+    v = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    expected = (q_rope @ k_rope.transpose(2, 3)) @ v / 9 / ((q @ k.transpose(2, 3)).mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(decoupled_la(q, k, q_rope, k_rope, v), expected)
+
+
+def test_derivative_at_zero_is_finite():
+    """relu(x)ᵖ and p ↦ xᵖ have finite derivatives at x = 0, where a logarithm is not."""
+    q, k, v = (torch.zeros(1, 1, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    power = torch.full((1, 8), 1.5, dtype=torch.float64, requires_grad=True)
+    o = linear_attention(q, k, v, feature_map=signed_power(power))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), [q, k, v, power]))
+
+
+def test_rotation_keeps_the_norm():
+    x, angle = torch.randn(2, 3, 7, 8), torch.randn(3, 7, 4)
+    turned = rotate(x, angle.cos(), angle.sin())
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))

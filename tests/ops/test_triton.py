@@ -1,0 +1,149 @@
+"""The kernels against the float64 reference: on the GPU where there is one, in Triton's interpreter elsewhere."""
+
+import pytest
+import torch
+
+from tests.ops.cases import DEVICE, SHAPES, TOLERANCE, VARIANTS, Variant, assert_close, forward_backward, make_inputs
+from flash_bla.ops import (
+    decoupled_la,
+    focusing_power,
+    linear_attention,
+    signed_power,
+    simple_la,
+    varlen_linear_attention,
+)
+from flash_bla.ops.triton_linear_attention import linear_attention_forward
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_equals_reference(variant, shape):
+    if not variant.fits(shape):
+        pytest.skip("rope needs M = N")
+    for dtype, tolerance in TOLERANCE.items():
+        inputs = make_inputs(shape, variant, dtype)
+        expected = forward_backward(linear_attention, variant, inputs, torch.float64, backend="reference")
+        assert_close(forward_backward(linear_attention, variant, inputs, backend="triton"), expected, tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_simple_la(dtype):
+    inputs = make_inputs((2, 2, 70, 70, 24, 24), Variant(None), dtype)
+    call = lambda q, k, v, feature_map, key_weight, rope, backend: simple_la(q, k, v, backend=backend)  # noqa: E731
+    expected = forward_backward(call, Variant(None), inputs, torch.float64, backend="reference")
+    assert_close(forward_backward(call, Variant(None), inputs, backend="triton"), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_decoupled_la(dtype):
+    generator = torch.Generator().manual_seed(0)
+    # positive features, as after any feature map: q, k, q_rope, k_rope, v
+    leaves = [torch.rand(2, 2, n, 24, generator=generator).to(dtype) for n in (70, 90, 70, 90, 90)]
+    results = []
+    for backend, to in (("triton", dtype), ("reference", torch.float64)):
+        leaves = [x.detach().to(DEVICE, to).requires_grad_() for x in leaves]
+        o = decoupled_la(*leaves, backend=backend)
+        gradients = torch.autograd.grad(o, leaves, torch.ones_like(o).cumsum(2) / 70 - 0.5)
+        results.append({"o": o} | dict(zip(("dq", "dk", "dq_rope", "dk_rope", "dv"), gradients, strict=True)))
+    assert_close(*results, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", "relu", "focusing_power", "signed_power"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_varlen_equals_one_call_for_each_sequence(feature_map, backend):
+    lengths, H, D = [1, 70, 0, 33], 2, 24
+    generator = torch.Generator().manual_seed(0)
+    packed = [torch.randn(sum(lengths), H, D, generator=generator).to(DEVICE).requires_grad_() for _ in range(3)]
+    parameter = (1 + torch.rand(H, D, generator=generator)).to(DEVICE).requires_grad_()
+    make = {"focusing_power": focusing_power, "signed_power": signed_power}.get(feature_map)
+    phi = feature_map if make is None else make(parameter)
+    leaves = packed if make is None else [*packed, parameter]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+    o = varlen_linear_attention(*packed, cu_seqlens, max(lengths), feature_map=phi, backend=backend)
+
+    parts = zip(*(x.split(lengths) for x in packed), strict=True)
+    expected = [
+        linear_attention(*(x.transpose(0, 1)[None] for x in qkv), feature_map=phi, backend="reference")
+        for qkv in parts
+        if len(qkv[0])
+    ]
+    expected = torch.cat([x[0].transpose(0, 1) for x in expected])
+    do = torch.randn(o.shape, generator=generator).to(DEVICE)
+    torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(torch.autograd.grad(o, leaves, do), torch.autograd.grad(expected, leaves, do), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["identity", "relu", "elu1", "focusing_power", "signed_power"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_float16_stays_finite_on_long_sequences_of_large_activations(name, backend):
+    N, H, D = 65536 if backend == "reference" or DEVICE == "cuda" else 8192, 1, 32
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = (30 * torch.randn(1, H, N, D, generator=generator) for _ in range(4))
+    if name == "identity":  # features of a denominator are not negative; without a feature map that is the caller's part
+        q, k = q.abs(), k.abs()
+    q, k, v = (x.half().to(DEVICE).requires_grad_() for x in (q, k, v))
+    phi = {
+        "focusing_power": focusing_power(torch.full((H, D), 0.7, device=DEVICE)),
+        "signed_power": signed_power(torch.full((H, D), 5.0, device=DEVICE)),
+    }.get(name, name)
+    o = linear_attention(q, k, v, feature_map=phi, backend=backend)
+    assert o.dtype == torch.float16 and o.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(o, [q, k, v], do.half().to(DEVICE)))
+
+
+@pytest.mark.parametrize("missing", ["q", "k", "v", "keys"])
+def test_frozen_inputs_do_not_change_the_other_gradients(missing):
+    variant = VARIANTS["signed_power"]
+    leaves, _, do = make_inputs((1, 2, 40, 40, 16, 16), variant, torch.float32)
+    leaves = {name: x.to(DEVICE) for name, x in leaves.items()}
+
+    def gradients(frozen):
+        inputs = {name: x.detach().requires_grad_(name not in frozen) for name, x in leaves.items()}
+        phi = signed_power(inputs["parameter"])
+        o = linear_attention(inputs["q"], inputs["k"], inputs["v"], feature_map=phi, backend="triton")
+        o.backward(do.to(DEVICE))
+        return {name: x.grad for name, x in inputs.items()}
+
+    frozen = ("k", "v", "parameter") if missing == "keys" else (missing,)
+    every, some = gradients(()), gradients(frozen)
+    for name in leaves:
+        assert (some[name] is None) if name in frozen else torch.equal(some[name], every[name])
+
+
+def test_two_runs_agree_bit_for_bit():
+    inputs = make_inputs((1, 1, 1000, 1000, 32, 32), VARIANTS["signed_power"], torch.bfloat16)
+    first, second = (forward_backward(linear_attention, VARIANTS["signed_power"], inputs, backend="triton") for _ in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_output_is_laid_out_for_the_projection():
+    q = torch.randn(2, 3, 20, 16, device=DEVICE)
+    o = linear_attention(q, q, q, feature_map="elu1", backend="triton")
+    assert o.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("name", ["elu1_rope_weighted", "signed_power", "focusing_power"])
+def test_opcheck(name):
+    variant = VARIANTS[name]
+    leaves, rope, _ = make_inputs((1, 2, 20, 20, 16, 16), variant, torch.float32)
+    leaves = {key: x.to(DEVICE).requires_grad_() for key, x in leaves.items()}
+    cos, sin = (None, None) if rope is None else (table.to(DEVICE) for table in rope)
+    weight = torch.rand(1, 2, 20, device=DEVICE) if name == "focusing_power" else None
+    key_weight = leaves["key_weight"].expand(1, 2, 20) if "key_weight" in leaves else weight
+    torch.library.opcheck(
+        linear_attention_forward,
+        (leaves["q"], leaves["k"], leaves["v"], None, None, leaves.get("parameter"), weight, key_weight, cos, sin, None,
+         0, variant.feature_map, 3, True, None, 1e-6),
+    )  # fmt: skip
+
+
+def test_compiles_without_graph_breaks():
+    variant = VARIANTS["focusing_power"]
+    inputs = make_inputs((1, 2, 20, 20, 16, 16), variant, torch.float32)
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = torch.compile(linear_attention, fullgraph=True, backend=backend)
+    eager = forward_backward(linear_attention, variant, inputs, backend="triton")
+    assert_close(forward_backward(compiled, variant, inputs, backend="triton"), eager, 1e-5)
