@@ -1,0 +1,238 @@
+"""Checkpoints: written so that a crash at any moment leaves a good one, read without executing anything.
+
+A run's folder holds `last.pt` (where the run stands), `previous.pt` (the one before) and `best.pt` (the best evaluation
+so far, without the optimizer's state). Each is a plain dictionary for `torch.load(..., weights_only=True)`:
+
+    model            description that rebuilds the model in any process (flash_bla.models.registry.build_model)
+    state_dict       weights; state_dict_ema: their moving average, where the run keeps one
+    class_names      names by class index, or None
+    data             input size, mean, std, interpolation and crop, as for evaluation
+    config           all settings of the run
+    epoch, update    where it stands: epochs done, and updates done within the next one
+    history          one row of figures for each epoch
+    optimizer, scaler and the run's counters
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from torch import nn
+
+from flash_bla.engine.config import RunError
+
+
+class DamagedCheckpoint(RunError):
+    """A file that is no whole checkpoint."""
+
+
+def write_atomically(path: str | Path, content: bytes | memoryview, keep: Path | None = None) -> None:
+    """Writes a file so that its name points at the old or the new content at any moment, never at a part of one.
+
+    Args:
+        path: The file.
+        content: Its new content.
+        keep: A name that the old content is moved to.
+
+    Raises:
+        OSError: It could not be written (a full disk); what was there before is untouched and no rest is left.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")  # same folder: a rename is atomic within one file system only
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renames themselves
+    finally:
+        os.close(folder)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint or any other file of weights: torch.save (old or new format) or safetensors.
+
+    Nothing in the file is executed. Settings objects in files of other projects (argparse's and yacs') are read as
+    plain containers.
+
+    Raises:
+        RunError: There is no such file.
+        DamagedCheckpoint: The file is torn, has flipped bits, or holds what only an unsafe reader would accept.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"no such checkpoint: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                damaged = archive.testzip()
+            if damaged:
+                raise DamagedCheckpoint(f"{path} is damaged: wrong checksum of {damaged}")
+        with torch.serialization.safe_globals([argparse.Namespace, (_Settings, "yacs.config.CfgNode")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        if isinstance(error, DamagedCheckpoint):
+            raise
+        raise DamagedCheckpoint(f"{path} is no whole checkpoint: {str(error).splitlines()[0]}") from error
+    except pickle.UnpicklingError as error:
+        raise DamagedCheckpoint(f"{path} is damaged, or holds objects that are not safe to load") from error
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{path} holds a {type(content).__name__}, no checkpoint")
+    return content
+
+
+class _Settings(dict):
+    """Takes the place of yacs' CfgNode, which official files hold and which need not be installed."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: str | Path, warn: Callable[[str], None]):
+        self.folder, self._warn = Path(folder), warn
+        self.last, self.previous, self.best = (self.folder / f"{name}.pt" for name in ("last", "previous", "best"))
+        self._keep = self.previous
+
+    def load(self) -> dict[str, Any] | None:
+        """Where the run stands, or None if it has not begun. A damaged `last.pt` gives way to the one before it.
+
+        Raises:
+            RunError: There are checkpoints, but none to go on from: beginning anew would overwrite them.
+        """
+        found = [path for path in (self.last, self.previous) if path.exists()]
+        for path in found:
+            try:
+                checkpoint = read_checkpoint(path)
+            except DamagedCheckpoint as error:
+                self._warn(str(error))
+                continue
+            if path is self.previous:
+                self._warn(f"going on from the checkpoint before the last, {path}")
+                self._keep = None  # the damaged one must not take the place of this one
+            return checkpoint
+        if found or self.best.exists():
+            raise RunError(
+                f"{self.folder} holds checkpoints, but none that the run can go on from; they are left as they are. "
+                "Choose another output folder, or move these files away"
+            )
+        return None
+
+    def save_last(self, checkpoint: dict[str, Any]) -> bool:
+        """Saves where the run stands and keeps the one before; returns whether it worked."""
+        saved = self._save(self.last, checkpoint, self._keep)
+        if saved:
+            self._keep = self.previous
+        return saved
+
+    def save_best(self, checkpoint: dict[str, Any]) -> bool:
+        """Saves the best weights so far; returns whether it worked."""
+        return self._save(self.best, {k: v for k, v in checkpoint.items() if k not in ("optimizer", "scaler")})
+
+    def _save(self, path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> bool:
+        # Into memory first: what is written to the disk is then one block of bytes, whose failure is an OSError.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        try:
+            write_atomically(path, buffer.getbuffer(), keep)
+        except OSError as error:
+            self._warn(f"could not save {path}: {error.strerror}. What was saved before is intact, and the run goes on")
+            return False
+        return True
+
+
+def state_dict_of(checkpoint: dict[str, Any], use_ema: bool = True) -> dict[str, torch.Tensor]:
+    """The weights in a file, from under whatever key they stand, without the prefixes of DDP and torch.compile."""
+    keys = (("state_dict_ema", "model_ema") if use_ema else ()) + ("state_dict", "model")
+    for key in keys:
+        if isinstance(checkpoint.get(key), dict) and _is_state_dict(checkpoint[key]):
+            return clean_state_dict(checkpoint[key])
+    if _is_state_dict(checkpoint):
+        return clean_state_dict(checkpoint)
+    raise RunError("the file holds no weights")
+
+
+def _is_state_dict(content: dict[str, Any]) -> bool:
+    return bool(content) and all(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], name: str, *, use_ema: bool = True) -> list[str]:
+    """Loads the weights of a file into a model.
+
+    Another resolution is resampled by the model. Where the classifier is missing or has another number of classes, the
+    model keeps its own.
+
+    Args:
+        model: The model.
+        checkpoint: What `read_checkpoint` gave.
+        name: The file's name, for messages.
+        use_ema: Take the averaged weights where the file has them.
+
+    Returns:
+        What was adapted, in words.
+
+    Raises:
+        RunError: The file belongs to another model; the entries that differ are named.
+    """
+    state_dict = state_dict_of(checkpoint, use_ema)
+    # timm's families keep the adaptation of a file (another resolution, official names) in a function of this name.
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is not None:
+        state_dict = adapt(state_dict, model)
+    notes = []
+    head_entries = _classifier_entries(model)
+    if any(k not in state_dict or state_dict[k].shape != v.shape for k, v in head_entries.items()):
+        there = next((len(state_dict[k]) for k in head_entries if k in state_dict), None)
+        here = next(iter(head_entries.values())).shape[0]
+        has = f"{there} classes" if there else "no classifier"
+        notes.append(f"{name} has {has}: new classifier for {here} classes")
+        state_dict = state_dict | head_entries
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise RunError(f"{name} is the checkpoint of another model:\n" + "\n".join(_shortened(lines))) from error
+    return notes
+
+
+def _classifier_entries(model: nn.Module) -> dict[str, torch.Tensor]:
+    classifier = model.get_classifier()
+    name = next((n for n, module in model.named_modules() if module is classifier), None)
+    if name is None:
+        return {}
+    return {f"{name}.{key}": value for key, value in classifier.state_dict().items()}
+
+
+def _shortened(lines: list[str], limit: int = 5) -> list[str]:
+    """PyTorch's list of what does not fit, cut to the first few of each kind."""
+    shapes = [line for line in lines if line.startswith("size mismatch")]
+    short = []
+    for line in lines:
+        if line.startswith("size mismatch"):
+            continue
+        entries = line.split(", ")
+        more = f", ... {len(entries)} in all" if len(entries) > limit else ""
+        short.append(", ".join(entries[:limit]).rstrip(" .") + more)
+    more = [f"... {len(shapes)} shapes in all"] if len(shapes) > limit else []
+    return short + shapes[:limit] + more

@@ -1,0 +1,326 @@
+"""Settings: one flat dataclass a script, filled from a recipe, a model's YAML and the command line.
+
+A setting is one line of a dataclass below: its type, its default and its help. The command line flags, `--help`, the
+check of what a YAML holds and the record in the checkpoint are all made from that line. What comes later wins:
+
+    the defaults here  <  the recipe that the model's YAML names  <  the YAML's `train:`  <  the command line
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from flash_bla.configs import FOLDER, check_entries, config_path, load_yaml
+from flash_bla.models import read_config, register_config
+
+Config = TypeVar("Config", bound="CommonConfig")
+
+
+class RunError(ValueError):
+    """Unusable input, or a run that cannot go on: the scripts print the message alone, without a traceback."""
+
+
+def setting(group: str, default: Any, text: str, *, free: bool = False, cli: bool = False) -> Any:
+    """A dataclass field that is a setting.
+
+    Args:
+        group: The heading of `--help` it stands under.
+        default: Its default.
+        text: Its help.
+        free: It may change between two starts of one run, because it has no part in the result.
+        cli: It is given on the command line alone, not in a YAML.
+    """
+    metadata = {"group": group, "help": text, "free": free, "cli": cli}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class CommonConfig:
+    """The settings that training and evaluation share."""
+
+    model: str | None = setting("model", None, "name of a flash_bla or timm model", cli=True)
+    model_kwargs: dict = setting("model", {}, "arguments of the model, as key=value ...", cli=True)
+    pretrained: bool = setting("model", False, "start from the weights that timm knows for the model")
+    num_classes: int | None = setting("model", None, "number of classes; none: as many as the data have")
+    in_chans: int | None = setting("model", None, "channels of an image; none: the model's own")
+    img_size: list[int] | int | None = setting(
+        "model", None, "image size, one number or height width; none: the model's own"
+    )
+
+    dataset: str = setting(
+        "data", "folder", "'folder' (ROOT/SPLIT/CLASS/IMAGE), 'digits' (embedded), or a name of timm's dataset factory"
+    )
+    data_dir: str | None = setting("data", None, "root folder of the data set", free=True)
+    val_split: str = setting("data", "validation", "name of the split to evaluate on")
+    download: bool = setting("data", False, "let the data set be downloaded, where its reader can", free=True)
+    workers: int = setting("data", 4, "data loading processes for each process", free=True)
+    mean: list[float] | None = setting("data", None, "mean of each channel; none: the model's own")
+    std: list[float] | None = setting("data", None, "standard deviation of each channel; none: the model's own")
+    interpolation: str | None = setting("data", None, "bilinear, bicubic, ...; none: the model's own")
+    crop_pct: float | None = setting("data", None, "evaluation: part of a side that is cropped; none: the model's own")
+    crop_mode: Literal["center", "squash", "border"] | None = setting(
+        "data", None, "evaluation: how an image is made square; none: the model's own"
+    )
+
+    batch_size: int = setting("run", 128, "images in one forward pass of one process", free=True)
+    precision: Literal["fp32", "bf16", "fp16"] = setting("run", "fp32", "arithmetic of the forward pass")
+    device: str | None = setting("run", None, "cuda, cpu, ...; none: the GPU where there is one", free=True)
+
+
+@dataclass
+class TrainConfig(CommonConfig):
+    """The settings of `train.py`."""
+
+    config: str | None = setting("model", None, "YAML of the model, in place of --model", free=True, cli=True)
+    recipe: str | None = setting(
+        "model", None, "name or file of a recipe, in place of the one that the YAML names", free=True, cli=True
+    )
+    weights: str | None = setting("model", None, "checkpoint, state dict or safetensors file to fine-tune from")
+    drop_path: float | None = setting("model", None, "stochastic depth rate; none: the model's own")
+    freeze_backbone: bool = setting("model", False, "train the classifier alone (linear probe)")
+    grad_checkpointing: bool = setting("model", False, "recompute activations in the backward pass", free=True)
+    compile: bool = setting("model", False, "torch.compile the model", free=True)
+
+    train_split: str = setting("data", "train", "name of the split to train on")
+
+    scale: list[float] = setting("augmentation", [0.08, 1.0], "random crop: range of its area")
+    ratio: list[float] = setting("augmentation", [0.75, 4 / 3], "random crop: range of its aspect ratio")
+    hflip: float = setting("augmentation", 0.5, "probability of a horizontal flip")
+    vflip: float = setting("augmentation", 0.0, "probability of a vertical flip")
+    color_jitter: float | None = setting("augmentation", None, "colour jitter; without effect beside --aa")
+    aa: str | None = setting("augmentation", None, "timm's policy string, as rand-m9-mstd0.5-inc1")
+    reprob: float = setting("augmentation", 0.0, "probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = setting("augmentation", "pixel", "what random erasing fills with")
+    recount: int = setting("augmentation", 1, "rectangles of a random erasing")
+    repeated_aug: int = setting("augmentation", 1, "differently augmented copies of an image in a batch")
+    mixup: float = setting("augmentation", 0.0, "mixup alpha; 0: none")
+    cutmix: float = setting("augmentation", 0.0, "cutmix alpha; 0: none")
+    mixup_prob: float = setting("augmentation", 1.0, "probability that a batch is mixed")
+    mixup_switch_prob: float = setting("augmentation", 0.5, "probability of cutmix where both are on")
+    smoothing: float = setting("augmentation", 0.1, "label smoothing")
+
+    epochs: int = setting("optimisation", 100, "epochs of the cosine schedule, warm-up included")
+    grad_accum: int = setting("optimisation", 1, "forward passes in one update", free=True)
+    opt: str = setting("optimisation", "adamw", "optimizer, by its name in timm")
+    lr: float = setting("optimisation", 5e-4, "learning rate for a total batch of --lr-batch images")
+    lr_batch: int = setting("optimisation", 512, "total batch that --lr is meant for; 0: take --lr as it is")
+    lr_scale_all: bool = setting("optimisation", False, "scale --warmup-lr and --min-lr by the total batch too")
+    warmup_epochs: float = setting("optimisation", 5.0, "epochs of linear warm-up")
+    warmup_lr: float = setting("optimisation", 1e-6, "learning rate at the start of the warm-up")
+    min_lr: float = setting("optimisation", 1e-5, "learning rate at the end of the schedule")
+    cooldown_epochs: int = setting("optimisation", 0, "further epochs at --min-lr")
+    weight_decay: float = setting("optimisation", 0.05, "weight decay (none on biases and other 1-D parameters)")
+    betas: list[float] = setting("optimisation", [0.9, 0.999], "the optimizer's betas")
+    eps: float = setting("optimisation", 1e-8, "the optimizer's epsilon")
+    layer_decay: float | None = setting("optimisation", None, "factor on the rate for each layer below the head")
+    clip_grad: float | None = setting("optimisation", None, "clip the gradient's norm to this")
+    ema_decay: float | None = setting("optimisation", None, "decay of the weights' moving average; none: no average")
+    ema_warmup: bool = setting("optimisation", False, "shorter average at the start of the run")
+    max_nonfinite: int = setting(
+        "optimisation", 20, "stop after so many updates in a row without a finite loss and gradient", free=True
+    )
+
+    output: str | None = setting("run", None, "output folder; none: runs/MODEL-DATASET", free=True)
+    seed: int = setting("run", 0, "seed of weights, data order and augmentation")
+    eval_every: int = setting("run", 1, "evaluate after every so many epochs, and after the last", free=True)
+    log_every: int = setting("run", 50, "updates between two log entries", free=True)
+    save_minutes: float = setting("run", 10.0, "minutes between two checkpoints within an epoch; 0: none", free=True)
+    save_updates: int = setting("run", 0, "updates between two checkpoints within an epoch; 0: none", free=True)
+
+    def learning_rates(self, total_batch: int) -> dict[str, float]:
+        """The learning rates for a total batch: `lr`, `warmup_lr` and `min_lr`."""
+        factor = total_batch / self.lr_batch if self.lr_batch else 1.0
+        others = factor if self.lr_scale_all else 1.0
+        return {"lr": self.lr * factor, "warmup_lr": self.warmup_lr * others, "min_lr": self.min_lr * others}
+
+
+@dataclass
+class EvalConfig(CommonConfig):
+    """The settings of `eval.py`."""
+
+    checkpoint: str | None = setting("model", None, "checkpoint of train.py; with --model, any file of weights")
+    use_ema: bool = setting("model", True, "take the averaged weights where the file has them")
+    image: list[str] | None = setting("data", None, "print the five best classes of these pictures instead")
+    output: str | None = setting("run", None, "write the result to OUTPUT.json and OUTPUT.csv")
+
+
+def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The settings of a training run from its command line and the YAMLs that it names.
+
+    A model of `--config` is registered on the way, so that `model` is the name to create it by. A packaged model that
+    is given by name comes with the recipe of its YAML, exactly as with `--config` on that file.
+
+    Raises:
+        RunError: A YAML holds an unknown key or a wrong type, or the settings contradict each other.
+    """
+    given = _parse_flags(TrainConfig, "Train an image classifier.", argv)
+    if ("config" in given) == ("model" in given):
+        raise RunError("name the model: either --config FILE or --model NAME")
+    values: dict[str, Any] = {}
+    try:
+        path = given.get("config") or FOLDER / f"{given['model'].split('.')[0]}.yaml"
+        recipe, train = given.get("recipe"), {}
+        if "config" in given or path.is_file():
+            values["model"] = register_config(path)
+            model_config = read_config(path)
+            recipe, train = recipe or model_config.recipe, model_config.train
+        if recipe:
+            file = Path(recipe) if recipe.endswith((".yaml", ".yml")) else config_path(f"recipes/{recipe}")
+            values |= check_settings(TrainConfig, load_yaml(file), str(file))
+        values |= check_settings(TrainConfig, train, f"{path}: train")
+    except (OSError, ValueError) as error:
+        raise RunError(str(error)) from error
+    config = TrainConfig(**(values | given))
+    if config.output is None:
+        config.output = f"runs/{config.model}-{config.dataset.replace('/', '-')}"
+    return _check_train(config)
+
+
+def parse_eval(argv: Sequence[str] | None = None) -> EvalConfig:
+    """The settings of an evaluation from its command line.
+
+    Raises:
+        RunError: Neither a checkpoint nor a model is named.
+    """
+    config = EvalConfig(**_parse_flags(EvalConfig, "Evaluate an image classifier.", argv))
+    if not (config.checkpoint or config.model):
+        raise RunError("name what to evaluate: --checkpoint FILE, --model NAME, or both")
+    return _check_common(config)
+
+
+def check_settings(kind: type[Config], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The settings that a YAML holds, with keys and types checked.
+
+    Raises:
+        ValueError: A key is no setting or a value has a wrong type; `where`, the key and what is valid are named.
+    """
+    hints = get_type_hints(kind)
+    check_entries(values, {f.name: _yaml_hint(hints[f.name]) for f in fields(kind) if not f.metadata["cli"]}, where)
+    return {key: _converted(value, hints[key]) for key, value in values.items()}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two runs' settings, leaving out those that have no part in the result."""
+    free = {f.name for f in fields(TrainConfig) if f.metadata["free"]}
+    keys = [key for key in {**old, **new} if key not in free]
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
+
+
+def as_dict(config: CommonConfig) -> dict[str, Any]:
+    """The settings as plain containers."""
+    return asdict(config)
+
+
+def _check_common(config: Config) -> Config:
+    if config.img_size is not None and len(config.img_size) not in (1, 2):
+        raise RunError(f"img_size: one number or height and width, got {config.img_size}")
+    for name in ("batch_size", "in_chans", "num_classes"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise RunError(f"{name}: must be at least 1, got {getattr(config, name)}")
+    if config.workers < 0:
+        raise RunError(f"workers: must be at least 0, got {config.workers}")
+    return config
+
+
+def _check_train(config: TrainConfig) -> TrainConfig:
+    _check_common(config)
+    for name in ("epochs", "grad_accum", "repeated_aug", "eval_every", "log_every", "max_nonfinite"):
+        if getattr(config, name) < 1:
+            raise RunError(f"{name}: must be at least 1, got {getattr(config, name)}")
+    for name in ("scale", "ratio", "betas"):
+        if len(getattr(config, name)) != 2:
+            raise RunError(f"{name}: two numbers, got {getattr(config, name)}")
+    if config.warmup_epochs >= config.epochs:
+        raise RunError(f"warmup_epochs: must be less than epochs ({config.epochs}), got {config.warmup_epochs:g}")
+    if config.ema_decay is not None and not 0 < config.ema_decay < 1:
+        raise RunError(f"ema_decay: between 0 and 1, or none, got {config.ema_decay}")
+    if (config.mixup or config.cutmix) and config.batch_size % 2:
+        raise RunError(f"batch_size: mixup and cutmix mix pairs and want an even number, got {config.batch_size}")
+    return config
+
+
+# The types of settings are few: int, float, str, bool, dict, a Literal of words, a list of these, any of them or None.
+
+
+def _parts(hint: Any) -> tuple[Any, bool, bool]:
+    """A type hint as (the type of one value, whether it is a list of these, whether it may be None)."""
+    kinds = [hint] if get_origin(hint) in (None, list, Literal) else list(get_args(hint))
+    optional = type(None) in kinds
+    many = next((kind for kind in kinds if get_origin(kind) is list), None)
+    return (get_args(many)[0] if many else kinds[0]), many is not None, optional
+
+
+def _yaml_hint(hint: Any) -> Any:
+    """What a YAML may hold for a setting: a list of one may stand there without its brackets."""
+    kind, many, _ = _parts(hint)
+    return hint | kind if many else hint
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    kind, many, _ = _parts(hint)
+    if value is None:
+        return None
+    if many:
+        return [_converted(item, kind) for item in (value if isinstance(value, list) else [value])]
+    return float(value) if kind is float else value
+
+
+def _parse_flags(kind: type[Config], description: str, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The settings that stand on the command line, and no others."""
+    # With SUPPRESS a flag that is not given leaves no trace, so that it cannot hide what a YAML says.
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    hints = get_type_hints(kind)
+    groups: dict[str, Any] = {}
+    for item in fields(kind):
+        heading = item.metadata["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        _add_flag(groups[heading], item, hints[item.name])
+    given = {}
+    for key, value in vars(parser.parse_args(argv)).items():
+        given[key] = dict(value) if hints[key] is dict else None if value in ([None], "none") else value
+    return given
+
+
+def _add_flag(group: Any, item: Field, hint: Any) -> None:
+    kind, many, optional = _parts(hint)
+    default = item.default if item.default is not MISSING else item.default_factory()
+    shown = " ".join(f"{value:g}" for value in default) if isinstance(default, list) else default
+    text = f"{item.metadata['help']} (default: {'none' if shown in (None, {}) else shown})".replace("%", "%%")
+    if kind is bool:
+        options = {"action": argparse.BooleanOptionalAction}
+    elif kind is dict:
+        options = {"nargs": "+", "type": _key_value, "metavar": "KEY=VALUE"}
+    elif get_origin(kind) is Literal:
+        options = {"choices": [*get_args(kind), *(["none"] if optional else [])]}
+    else:
+        options = {"type": _reader(kind, optional), "metavar": item.name.upper()} | ({"nargs": "+"} if many else {})
+    group.add_argument("--" + item.name.replace("_", "-"), help=text, **options)
+
+
+def _reader(kind: type, optional: bool) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        return None if optional and text == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it in its errors
+    return read
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, separator, value = text.partition("=")
+    if not (key and separator):
+        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
+    value = yaml.safe_load(value)
+    if isinstance(value, str):
+        with suppress(ValueError):  # YAML reads 5e-4 as text
+            value = float(value)
+    return key, value

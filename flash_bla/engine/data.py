@@ -1,0 +1,370 @@
+"""Data: what timm's factory reads and the embedded digits, in an order and with augmentations that are functions of the
+seed alone.
+
+Nothing here depends on history. The order of an epoch follows from (seed, epoch), the augmentation of an image from
+(seed, epoch, image): so the stream is the same for any number of loader processes, can be taken up at any update, and
+is the same whether one process takes the total batch or several share it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_dataset, create_transform
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+
+from flash_bla.engine.config import CommonConfig, RunError, TrainConfig
+from flash_bla.engine.processes import Processes, mixed_seed, seed_host
+
+# Folder names that are splits and not classes, to notice a root folder that was given in place of one of them.
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test"}
+PREFETCHED_BATCHES = 4  # by each loader process
+REPLACEMENTS = 10  # images tried, one after the other, before a training run gives up on unreadable ones
+
+Item = tuple[torch.Tensor, int, list[str]]  # image, class, and what could not be read on the way to it
+
+
+class Digits(Dataset):
+    """Scikit-learn's 1,797 handwritten digits, 8x8 grey: 1,437 to train on and a fixed, stratified fifth held out."""
+
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, training: bool):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        images = (digits.images * (255 / 16)).round().astype(np.uint8)
+        split = train_test_split(images, digits.target, test_size=360, stratify=digits.target, random_state=0)
+        self.images, self.targets = (split[0], split[2]) if training else (split[1], split[3])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.targets[index])
+
+
+def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[str] | None = None, **reading) -> Any:
+    """Opens a split without transforms.
+
+    Args:
+        config: The settings.
+        training: The training split, else the one to evaluate on.
+        class_names: The classes by index, as the model knows them: a folder then takes these indices, whatever other
+            folders are there. None numbers the folders in their natural order.
+        reading: Further arguments for timm's readers of streams (`batch_size`, `seed`).
+
+    Raises:
+        RunError: There is no such data set, folder or split, or a class has no image.
+    """
+    split = config.train_split if training else config.val_split
+    if config.dataset == "digits":
+        return Digits(training)
+    name = "" if config.dataset == "folder" else config.dataset
+    if not name or name.startswith("torch/"):
+        if config.data_dir is None:
+            raise RunError(f"data_dir: the data set {config.dataset!r} needs a folder")
+        if not os.path.exists(config.data_dir) and not config.download:
+            raise RunError(f"data_dir: no such folder: {config.data_dir}")
+    elif "/" not in name:
+        raise RunError(
+            f"dataset: {name!r} is neither 'folder' nor 'digits' nor a name of timm's factory "
+            "(torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME)"
+        )
+    class_map = {label: index for index, label in enumerate(class_names)} if class_names and not name else None
+    try:
+        dataset = create_dataset(
+            name, root=config.data_dir, split=split, class_map=class_map, is_training=training,
+            download=config.download, **(reading if name.startswith(("tfds/", "wds/", "hfids/")) else {}),
+        )  # fmt: skip
+    except (RuntimeError, AssertionError, ImportError, OSError) as error:
+        raise RunError(f"the data set {config.dataset!r} in {config.data_dir} cannot be read: {error}") from error
+    if not name and os.path.isdir(config.data_dir):
+        _check_folder(config.data_dir, dataset.reader.root, split, class_names)
+    return dataset
+
+
+def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str] | None) -> None:
+    """Refuses a folder that timm would read in another way than the user means."""
+    if os.path.samefile(root, folder):  # timm found no folder for the split and would take all of them
+        splits = sorted(SPLIT_NAMES & {entry.name for entry in os.scandir(root) if entry.is_dir()})
+        if splits:
+            raise RunError(f"no folder for the split {split!r} in {root}; there is: {', '.join(splits)}")
+    kinds = get_img_extensions(as_set=True)
+    known = set(class_names or ())
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        has_images = any(os.path.splitext(name)[1].lower() in kinds for name in files)
+        if not folders and not has_images:
+            raise RunError(f"the class {os.path.basename(path)!r} is empty: no image in {path}")
+        if has_images and os.path.samefile(path, folder):
+            raise RunError(f"images must stand in a folder of their class, but there are some in {path} itself")
+        if has_images and known and os.path.basename(path) not in known:
+            raise RunError(f"the folder {path} is none of the {len(known)} classes of the model")
+
+
+def class_names_of(dataset: Any) -> list[str] | None:
+    """The class names by index, where the data set knows them."""
+    mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if mapping:
+        return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
+    names = getattr(dataset, "classes", None)
+    return [str(name) for name in names] if names else None
+
+
+def file_name(dataset: Any, index: int) -> str:
+    """The file of an image, or its number where it has none."""
+    if hasattr(dataset, "filename"):
+        return str(dataset.filename(index, absolute=True))
+    if hasattr(dataset, "samples"):  # torchvision's folders
+        return str(dataset.samples[index][0])
+    return f"image {index}"
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded; the message names the file."""
+
+
+def read_image(dataset: Any, index: int, mode: str) -> tuple[Image.Image, int]:
+    """Image and class of a map-style data set of timm, torchvision or this module.
+
+    timm's own data sets put another image in place of one that they cannot read, which an evaluation must not do: so
+    this reads with timm's readers, but decodes by itself.
+
+    Raises:
+        UnreadableImage: The image cannot be decoded; the file is named.
+    """
+    try:
+        if hasattr(dataset, "reader"):
+            file, target = dataset.reader[index][:2]
+            with file:
+                image = Image.open(file).convert(mode)
+        else:
+            image, target = dataset[index]
+            image = image.convert(mode)
+    except Exception as error:  # decoders raise whatever a damaged file leads them to
+        raise UnreadableImage(f"cannot read {file_name(dataset, index)}: {error}") from error
+    return image, int(target)
+
+
+def resolve_data(
+    config: CommonConfig, model: nn.Module, description: dict[str, Any], saved: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What an image goes through before the model: size, mean, std, interpolation, crop and PIL mode.
+
+    A setting wins over what a checkpoint recorded (`saved`), and that over what the model's own `pretrained_cfg` says.
+    """
+    own = dict(model.pretrained_cfg) | (saved or {})
+    arguments = description["args"]
+    channels = config.in_chans or arguments.get("in_chans") or own["input_size"][0]
+    size = config.img_size or arguments.get("img_size") or own["input_size"][1:]
+    size = [size] if isinstance(size, int) else list(size)
+    data = {"input_size": [channels, size[0], size[-1]]}
+    for key in ("mean", "std"):
+        given = getattr(config, key)
+        if given and len(given) != channels:
+            raise RunError(f"{key}: one number for each of {channels} channels, got {given}")
+        values = given or list(own[key])
+        # A model for grey pictures takes the average of what its family has for colours.
+        data[key] = values if len(values) == channels else [sum(values) / len(values)] * channels
+    for key in ("interpolation", "crop_pct", "crop_mode"):
+        data[key] = getattr(config, key) or own.get(key)
+    if channels not in (1, 3):
+        raise RunError(f"in_chans: images are read as grey (1) or colour (3), got {channels}")
+    data["mode"] = "L" if channels == 1 else "RGB"
+    return data
+
+
+class TrainImages(Dataset):
+    """Augmented images by the keys of `TrainOrder`. An unreadable image gives its place to the next readable one."""
+
+    def __init__(self, dataset: Any, transform: Callable, mode: str, seed: int):
+        self.dataset, self.transform, self.mode, self.seed = dataset, transform, mode, seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> Item:
+        epoch, index, copy = key
+        unreadable: list[str] = []
+        for neighbour in range(index, index + REPLACEMENTS):
+            try:
+                image, target = read_image(self.dataset, neighbour % len(self.dataset), self.mode)
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+                continue
+            seed_host(mixed_seed(self.seed, epoch, index, copy))
+            return self.transform(image), target, unreadable
+        raise RunError(f"{len(unreadable)} images in a row cannot be read; the last: {unreadable[-1]}")
+
+
+class EvalImages(Dataset):
+    """Images by their number. An unreadable one comes as a blank with its error, for the evaluation to raise."""
+
+    def __init__(self, dataset: Any, transform: Callable, mode: str):
+        self.dataset, self.transform, self.mode = dataset, transform, mode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Item:
+        try:
+            image, target = read_image(self.dataset, index, self.mode)
+        except UnreadableImage as error:
+            return self.transform(Image.new(self.mode, (32, 32))), -1, [str(error)]
+        return self.transform(image), target, []
+
+
+class Stream(IterableDataset):
+    """A sequential data set of timm (webdataset, TFDS, streamed Hugging Face), which shuffles and shards by itself.
+
+    It cannot be read at a given place, so the promises of this module do not reach it: a run that is taken up again
+    starts the stream anew, and its order depends on the number of processes.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable, mode: str, seed: int = 0, epochs: range = range(1)):  # noqa: B008
+        self.dataset, self.transform, self.mode, self.seed, self.epochs = dataset, transform, mode, seed, epochs
+
+    def __iter__(self) -> Iterator[Item]:
+        worker = get_worker_info()
+        for epoch in self.epochs:
+            self.dataset.set_epoch(epoch)
+            for number, (image, target) in enumerate(self.dataset):
+                seed_host(mixed_seed(self.seed, epoch, worker.id if worker else 0, number))
+                yield self.transform(image.convert(self.mode)), int(target), []
+
+
+class TrainOrder(Sampler):
+    """The batches of a whole run, from any update on, as lists of keys (epoch, image, copy).
+
+    An update takes the next `total_batch` images of the epoch's order; what is left over at the end of an epoch is left
+    out. Each of the `accum * count` forward passes that share an update takes a slice from the front and the mirrored
+    slice from the back: mixup and cutmix mix image `i` of a batch with image `-1 - i`, so every pair stays together and
+    is the same pair however the update is shared out.
+
+    One iteration runs over all epochs, so the loader works ahead over the end of an epoch and during an evaluation.
+    """
+
+    def __init__(
+        self, size: int, *, batch_size: int, accum: int, rank: int, count: int, seed: int, epochs: int, repeats: int = 1
+    ):
+        self.size, self.batch_size, self.accum, self.rank, self.count = size, batch_size, accum, rank, count
+        self.seed, self.epochs, self.repeats = seed, epochs, repeats
+        self.total_batch = batch_size * accum * count
+        self.updates_per_epoch = size // self.total_batch
+        self.start = (0, 0)  # epoch and update
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        first_epoch, first_update = self.start
+        front, back = (self.batch_size + 1) // 2, self.batch_size // 2
+        for epoch in range(first_epoch, self.epochs):
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+            order = torch.randperm(self.size, generator=generator)
+            order = order.repeat_interleave(self.repeats)[: self.size]
+            for update in range(first_update if epoch == first_epoch else 0, self.updates_per_epoch):
+                begin = update * self.total_batch
+                end = begin + self.total_batch
+                for micro in range(self.accum):
+                    part = micro * self.count + self.rank
+                    places = torch.cat([
+                        torch.arange(begin + part * front, begin + (part + 1) * front),
+                        torch.arange(end - (part + 1) * back, end - part * back),
+                    ])  # fmt: skip
+                    copies = places % self.repeats
+                    yield [(epoch, *key) for key in zip(order[places].tolist(), copies.tolist(), strict=True)]
+
+
+def train_loader(config: TrainConfig, dataset: Any, data: dict[str, Any], order: TrainOrder, pin: bool) -> DataLoader:
+    """Batches (images, classes, unreadable) of the run from `order.start` on.
+
+    Images come as uint8 and are normalised on the device. Where random erasing is on they come as normalised floats,
+    because it fills with noise of the normalised range.
+    """
+    transform = create_transform(
+        data["input_size"], is_training=True, mean=data["mean"], std=data["std"], interpolation=data["interpolation"],
+        scale=config.scale, ratio=config.ratio, hflip=config.hflip, vflip=config.vflip,
+        color_jitter=config.color_jitter, auto_augment=config.aa,
+        re_prob=config.reprob, re_mode=config.remode, re_count=config.recount, use_prefetcher=config.reprob == 0,
+    )  # fmt: skip
+    options = _loader_options(config, pin)
+    if isinstance(dataset, IterableDataset):
+        stream = Stream(dataset, transform, data["mode"], config.seed, range(order.start[0], sys.maxsize))
+        return DataLoader(stream, batch_size=config.batch_size, drop_last=True, **options)
+    return DataLoader(TrainImages(dataset, transform, data["mode"], config.seed), batch_sampler=order, **options)
+
+
+def eval_loader(
+    config: CommonConfig, dataset: Any, data: dict[str, Any], processes: Processes, pin: bool
+) -> DataLoader:
+    """Batches (images, classes, unreadable) of this process's share: every image is in exactly one share."""
+    transform = create_transform(
+        data["input_size"], is_training=False, interpolation=data["interpolation"], mean=data["mean"], std=data["std"],
+        crop_pct=data["crop_pct"], crop_mode=data["crop_mode"], use_prefetcher=True,
+    )  # fmt: skip
+    options = _loader_options(config, pin) | {"batch_size": config.batch_size}
+    if isinstance(dataset, IterableDataset):
+        return DataLoader(Stream(dataset, transform, data["mode"]), **options)
+    share = range(processes.rank, len(dataset), processes.count)
+    return DataLoader(
+        EvalImages(dataset, transform, data["mode"]), sampler=share, persistent_workers=config.workers > 0, **options
+    )
+
+
+def _loader_options(config: CommonConfig, pin: bool) -> dict[str, Any]:
+    options = {
+        "num_workers": config.workers, "collate_fn": _collate, "pin_memory": pin, "worker_init_fn": _start_worker,
+    }  # fmt: skip
+    return options | ({"prefetch_factor": PREFETCHED_BATCHES} if config.workers else {})
+
+
+def _collate(items: list[Item]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    images, targets = default_collate([item[:2] for item in items])
+    return images, targets, [message for item in items for message in item[2]]
+
+
+def _start_worker(worker: int) -> None:
+    """Lets a loader process outlive a signal to the whole process group, so that the running update can be finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+class ToDevice:
+    """Moves a batch to the device and normalises it there, without waiting for the device."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        self.device = device
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1) * 255
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images = images.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = images.float().sub_(self.mean).div_(self.std)
+        return images, targets
+
+
+class SeededMixup:
+    """timm's mixup and cutmix, drawn anew for every update from (seed, epoch, update).
+
+    All forward passes of an update, on all processes, draw the same mix; with the mirrored slices of `TrainOrder` an
+    update is the same however it is shared out.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int):
+        self.seed = config.seed
+        self.mixup = Mixup(
+            config.mixup, config.cutmix, prob=config.mixup_prob, switch_prob=config.mixup_switch_prob,
+            label_smoothing=config.smoothing, num_classes=num_classes,
+        )  # fmt: skip
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor, epoch: int, update: int):
+        seed_host(mixed_seed(self.seed, epoch, update))
+        return self.mixup(images, targets)

@@ -1,0 +1,128 @@
+"""Processes, seeds and signals: one process or many, started by `python` or by `torchrun`."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
+
+from flash_bla.engine.config import RunError
+
+
+@dataclass
+class Processes:
+    """This process and how many there are."""
+
+    device: torch.device
+    rank: int
+    count: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over all processes."""
+        return self.sum(values) / self.count
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes."""
+        if self.count > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small object of every process, by rank."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def close(self) -> None:
+        """Ends the process group."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+def start_processes(device: str | None = None) -> Processes:
+    """Joins the process group where torchrun (or Slurm) started several processes, and takes this process's device.
+
+    Args:
+        device: Its kind (`cuda`, `cpu`, ...); None takes the GPU where there is one. The backend follows: nccl on CUDA,
+            gloo on the CPU.
+
+    Raises:
+        RunError: There is no such device.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RunError(f"device: {device} was asked for, but this PyTorch sees no CUDA device")
+    info = init_distributed_device_so(device)
+    return Processes(torch.device(info["device"]), info["global_rank"], info["world_size"])
+
+
+def mixed_seed(*parts: int) -> int:
+    """A 63-bit seed from a few numbers; equal numbers give equal seeds, neighbours give unrelated ones."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_host(seed: int) -> None:
+    """Seeds the generators that augmentations draw from: Python's, NumPy's and PyTorch's on the CPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # torch.manual_seed also queues a seeding of every GPU, which is slow where none is in use, as in a loader process.
+    torch.default_generator.manual_seed(seed)
+
+
+class StopRequest:
+    """A wish to stop, by SIGTERM or Ctrl-C, on which all processes agree.
+
+    The first signal asks; after it the signals are Python's own again, so that a second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self, processes: Processes):
+        self.received = False
+        self._processes = processes
+        # The answer travels between the hosts' CPUs and is read one update later, so that no GPU waits for it.
+        self._group = dist.new_group(backend="gloo") if processes.count > 1 else None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._before = {sig: signal.signal(sig, self._receive) for sig in (signal.SIGTERM, signal.SIGINT)}
+
+    def _receive(self, signum: int, frame: Any) -> None:
+        self.received = True
+        self.restore()
+
+    def close(self) -> None:
+        """Waits for the answer under way and gives the signals back."""
+        if self._pending is not None:
+            self._pending[0].wait()
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives the signals back to who had them before."""
+        for sig, handler in self._before.items():
+            signal.signal(sig, handler)
+
+    def agreed(self) -> bool:
+        """Whether to stop now. To be called by all processes equally often; the answer is the same on all."""
+        if self._group is None:
+            return self.received
+        answer = False
+        if self._pending is not None:
+            work, flag = self._pending
+            work.wait()
+            answer = bool(flag.item())
+        flag = torch.tensor([int(self.received)])
+        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
+        return answer
