@@ -79,7 +79,7 @@ def test_varlen_equals_one_call_for_each_sequence(feature_map, backend):
 @pytest.mark.parametrize("name", ["identity", "relu", "elu1", "focusing_power", "signed_power"])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_float16_stays_finite_on_long_sequences_of_large_activations(name, backend):
-    N, H, D = 65536 if backend == "reference" or DEVICE == "cuda" else 8192, 1, 32
+    N, H, D = 65536 if backend == "reference" or DEVICE == "cuda" else 2048, 1, 32
     generator = torch.Generator().manual_seed(0)
     q, k, v, do = (30 * torch.randn(1, H, N, D, generator=generator) for _ in range(4))
     if name == "identity":  # features of a denominator are not negative; without a feature map that is the caller's part
