@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import nn
 
-from flash_bla.engine.config import RunError
+from flash_bla.engine.config import RunError, differences
 
 
 class DamagedCheckpoint(RunError):
@@ -110,8 +110,9 @@ class _Settings(dict):
 class CheckpointFolder:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: str | Path, warn: Callable[[str], None]):
-        self.folder, self._warn = Path(folder), warn
+    def __init__(self, folder: str | Path, warn: Callable[[str], None], writes: bool = True):
+        """Names the files; `writes` is whether this process writes them, or leaves that to another one."""
+        self.folder, self._warn, self._writes = Path(folder), warn, writes
         self.last, self.previous, self.best = (self.folder / f"{name}.pt" for name in ("last", "previous", "best"))
         self._keep = self.previous
 
@@ -139,6 +140,17 @@ class CheckpointFolder:
             )
         return None
 
+    def check_same_run(self, state: dict[str, Any], now: dict[str, Any]) -> None:
+        """Refuses to go on with, or to overwrite, a run of other settings, and says what differs."""
+        changed = differences(state["config"], now["config"])
+        if state["model"] != now["model"]:
+            changed.append(f"model: {state['model']} -> {now['model']}")
+        if state["class_names"] != now["class_names"]:
+            changed.append("class_names: the data set has other classes")
+        if changed:
+            lines = "\n  ".join(changed)
+            raise RunError(f"{self.folder} holds another run; choose another --output, or take back:\n  {lines}")
+
     def save_last(self, checkpoint: dict[str, Any]) -> bool:
         """Saves where the run stands and keeps the one before; returns whether it worked."""
         saved = self._save(self.last, checkpoint, self._keep)
@@ -151,6 +163,8 @@ class CheckpointFolder:
         return self._save(self.best, {k: v for k, v in checkpoint.items() if k not in ("optimizer", "scaler")})
 
     def _save(self, path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> bool:
+        if not self._writes:
+            return True
         # Into memory first: what is written to the disk is then one block of bytes, whose failure is an OSError.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)

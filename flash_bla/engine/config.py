@@ -149,6 +149,9 @@ class EvalConfig(CommonConfig):
 
     checkpoint: str | None = setting("model", None, "checkpoint of train.py; with --model, any file of weights")
     use_ema: bool = setting("model", True, "take the averaged weights where the file has them")
+    dataset: str | None = setting("data", None, "as for train.py; none: the checkpoint's")
+    data_dir: str | None = setting("data", None, "root folder of the data set; none: the checkpoint's")
+    val_split: str | None = setting("data", None, "name of the split to evaluate on; none: the checkpoint's")
     image: list[str] | None = setting("data", None, "print the five best classes of these pictures instead")
     output: str | None = setting("run", None, "write the result to OUTPUT.json and OUTPUT.csv")
 

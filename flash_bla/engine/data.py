@@ -122,6 +122,24 @@ def class_names_of(dataset: Any) -> list[str] | None:
     return [str(name) for name in names] if names else None
 
 
+def check_classes(head: int | None, class_names: Sequence[str] | None, dataset: str) -> int:
+    """The number of classes, on which head and data must agree.
+
+    Args:
+        head: What the head has, or None if it is made for the data.
+        class_names: What the data have, or None if they do not say.
+        dataset: The data set's name, for the message.
+
+    Raises:
+        RunError: They differ, or neither says.
+    """
+    if not (head or class_names):
+        raise RunError(f"num_classes: the data set {dataset!r} does not say how many classes it has")
+    if head and class_names and head != len(class_names):
+        raise RunError(f"num_classes: the head has {head} classes, but the data set {dataset!r} has {len(class_names)}")
+    return head or len(class_names)
+
+
 def file_name(dataset: Any, index: int) -> str:
     """The file of an image, or its number where it has none."""
     if hasattr(dataset, "filename"):
@@ -252,14 +270,30 @@ class TrainOrder(Sampler):
     One iteration runs over all epochs, so the loader works ahead over the end of an epoch and during an evaluation.
     """
 
-    def __init__(
-        self, size: int, *, batch_size: int, accum: int, rank: int, count: int, seed: int, epochs: int, repeats: int = 1
-    ):
-        self.size, self.batch_size, self.accum, self.rank, self.count = size, batch_size, accum, rank, count
-        self.seed, self.epochs, self.repeats = seed, epochs, repeats
-        self.total_batch = batch_size * accum * count
+    def __init__(self, size: int, config: TrainConfig, processes: Processes):
+        """Plans a run.
+
+        Args:
+            size: Number of images.
+            config: For `batch_size`, `grad_accum`, `seed`, `epochs`, `cooldown_epochs` and `repeated_aug`.
+            processes: How many share an update, and which of them this is.
+
+        Raises:
+            RunError: The data set is smaller than one update's batch.
+        """
+        self.size, self.batch_size, self.accum = size, config.batch_size, config.grad_accum
+        self.rank, self.count, self.seed, self.repeats = (
+            processes.rank,
+            processes.count,
+            config.seed,
+            config.repeated_aug,
+        )
+        self.epochs = config.epochs + config.cooldown_epochs
+        self.total_batch = self.batch_size * self.accum * self.count
         self.updates_per_epoch = size // self.total_batch
         self.start = (0, 0)  # epoch and update
+        if not self.updates_per_epoch:
+            raise RunError(f"batch_size: an update takes {self.total_batch} images, but the data set has {size}")
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         first_epoch, first_update = self.start
@@ -281,7 +315,9 @@ class TrainOrder(Sampler):
                     yield [(epoch, *key) for key in zip(order[places].tolist(), copies.tolist(), strict=True)]
 
 
-def train_loader(config: TrainConfig, dataset: Any, data: dict[str, Any], order: TrainOrder, pin: bool) -> DataLoader:
+def train_loader(
+    config: TrainConfig, dataset: Any, data: dict[str, Any], order: TrainOrder, device: torch.device
+) -> DataLoader:
     """Batches (images, classes, unreadable) of the run from `order.start` on.
 
     Images come as uint8 and are normalised on the device. Where random erasing is on they come as normalised floats,
@@ -293,22 +329,20 @@ def train_loader(config: TrainConfig, dataset: Any, data: dict[str, Any], order:
         color_jitter=config.color_jitter, auto_augment=config.aa,
         re_prob=config.reprob, re_mode=config.remode, re_count=config.recount, use_prefetcher=config.reprob == 0,
     )  # fmt: skip
-    options = _loader_options(config, pin)
+    options = _loader_options(config, device)
     if isinstance(dataset, IterableDataset):
         stream = Stream(dataset, transform, data["mode"], config.seed, range(order.start[0], sys.maxsize))
         return DataLoader(stream, batch_size=config.batch_size, drop_last=True, **options)
     return DataLoader(TrainImages(dataset, transform, data["mode"], config.seed), batch_sampler=order, **options)
 
 
-def eval_loader(
-    config: CommonConfig, dataset: Any, data: dict[str, Any], processes: Processes, pin: bool
-) -> DataLoader:
+def eval_loader(config: CommonConfig, dataset: Any, data: dict[str, Any], processes: Processes) -> DataLoader:
     """Batches (images, classes, unreadable) of this process's share: every image is in exactly one share."""
     transform = create_transform(
         data["input_size"], is_training=False, interpolation=data["interpolation"], mean=data["mean"], std=data["std"],
         crop_pct=data["crop_pct"], crop_mode=data["crop_mode"], use_prefetcher=True,
     )  # fmt: skip
-    options = _loader_options(config, pin) | {"batch_size": config.batch_size}
+    options = _loader_options(config, processes.device) | {"batch_size": config.batch_size}
     if isinstance(dataset, IterableDataset):
         return DataLoader(Stream(dataset, transform, data["mode"]), **options)
     share = range(processes.rank, len(dataset), processes.count)
@@ -317,10 +351,9 @@ def eval_loader(
     )
 
 
-def _loader_options(config: CommonConfig, pin: bool) -> dict[str, Any]:
-    options = {
-        "num_workers": config.workers, "collate_fn": _collate, "pin_memory": pin, "worker_init_fn": _start_worker,
-    }  # fmt: skip
+def _loader_options(config: CommonConfig, device: torch.device) -> dict[str, Any]:
+    options = {"num_workers": config.workers, "collate_fn": _collate, "worker_init_fn": _start_worker}
+    options["pin_memory"] = device.type == "cuda"  # what lets a copy to the GPU run beside the host
     return options | ({"prefetch_factor": PREFETCHED_BATCHES} if config.workers else {})
 
 

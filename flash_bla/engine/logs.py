@@ -18,14 +18,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from flash_bla.engine.checkpoint import write_atomically
+from flash_bla.engine.config import RunError
 from flash_bla.engine.processes import Processes
 
 
 class LossMeter:
     """Sums of losses and counts of skipped updates, kept on the device: the host waits for it only to read them."""
 
-    def __init__(self, processes: Processes):
-        self._processes = processes
+    def __init__(self, processes: Processes, max_nonfinite: int):
+        self._processes, self._max_nonfinite = processes, max_nonfinite
         # Sum of finite losses, updates that had one, updates skipped; since the epoch's start and up to the last look.
         self._sums = torch.zeros(3, dtype=torch.float64, device=processes.device)
         self._seen = [0.0, 0.0]
@@ -48,19 +49,27 @@ class LossMeter:
         self._longest_row = torch.maximum(self._longest_row, self._row)
         self._sums += torch.stack([torch.where(good, loss, 0.0), good.float(), (~good).float()])
 
-    def read(self) -> tuple[float, float, int, int]:
-        """Waits for the device and for the other processes.
+    def read(self) -> tuple[float, float, int]:
+        """Mean loss since the last look, mean loss of the epoch, and updates skipped in the epoch.
 
-        Returns:
-            Mean loss since the last look, mean loss of the epoch, updates skipped in the epoch, and the most in a row
-            that were skipped since the start.
+        Waits for the device and for the other processes.
+
+        Raises:
+            RunError: `max_nonfinite` updates in a row were skipped. They did not touch the weights, so the last
+                checkpoint is good.
         """
+        longest = int(self._longest_row)
+        if longest >= self._max_nonfinite:
+            raise RunError(
+                f"stopped: {longest} updates in a row had no finite loss and gradient. They were skipped, so the last "
+                "checkpoint is good; a lower learning rate, --clip-grad or --precision fp32 may help"
+            )
         total, count, skipped = self._processes.mean(self._sums).tolist()
         window, window_count = total - self._seen[0], count - self._seen[1]
         self._seen = [total, count]
         nan = float("nan")
         window, mean = window / window_count if window_count else nan, total / count if count else nan
-        return window, mean, round(skipped), int(self._longest_row)
+        return window, mean, round(skipped)
 
 
 def warn(text: str) -> None:
@@ -134,13 +143,14 @@ class RunLog:
         self.scalars(row["updates"], **{f"epoch/{key}": value for key, value in row.items()})
         self._try(lambda: write_atomically(self.folder / "log.csv", csv_text(self.history).encode()))
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Writes the curve and the summary, and says how it ended."""
+    def finish(self, summary: dict[str, Any], best_checkpoint: Path) -> None:
+        """Writes the curve and the summary, and says how the run ended."""
         if not self.enabled:
             return
-        best = summary["best"]
-        self.say(f"best     top1 {best['top1']:.2f}, top5 {best['top5']:.2f}, epoch {best['epoch']}")
-        self.say(f"saved    {summary['best_checkpoint']}")
+        best = max((row for row in self.history if "top1" in row), key=lambda row: row["top1"])
+        summary = summary | {"best": best, "last": self.history[-1], "best_checkpoint": str(best_checkpoint)}
+        self.say(f"best     top1 {best['top1']:.2f}, top5 {best['top5']:.2f} after epoch {best['epoch']}")
+        self.say(f"saved    {best_checkpoint}")
         self.say(f"curve    {self.folder / 'curve.png'}")
         self._try(lambda: write_atomically(self.folder / "curve.png", draw_curve(self.history, summary["model"])))
         self._try(lambda: write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2).encode()))
