@@ -212,12 +212,12 @@ def _choose_backend(backend: str | None, q: Tensor) -> str:
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError("backend 'triton' was asked for, but Triton is not installed")
+        if q.dtype == torch.float64:
+            raise TypeError("backend 'triton' takes float16, bfloat16 or float32; float64 is for the reference")
         if not (q.is_cuda or q.is_meta or INTERPRETING):
             raise ValueError(
                 f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got tensors on {q.device.type}"
             )
-        if q.dtype == torch.float64:
-            raise TypeError("backend 'triton' takes float16, bfloat16 or float32; float64 is for the reference")
     return backend
 
 

@@ -1,4 +1,4 @@
-"""Linear attention in Triton: three streaming kernels, their launches, and the torch.library operators over them.
+"""Linear attention in Triton: streaming kernels, their launches, and the torch.library operators over them.
 
 Queries and keys play the same part in turn. With x̂ the numerator's features and x̃ the denominator's, both directions
 consist of
@@ -7,10 +7,14 @@ consist of
     output     o = q̂ S / (q̃ · z + ε)            forward
     gradient   dx from dx̂ = y Sᵀ, dx̃ = c z      for queries with the keys' state, for keys with the queries' state
 
-Precision, the same everywhere: features, sums and denominators are float32. Operands of matrix products are bfloat16 for
-bfloat16 inputs; tf32 for float16 inputs, which has float16's mantissa and float32's range, since sums over thousands of
-tokens and powers of features overflow float16; and float32, never tf32, for float32 inputs. A feature is rounded once,
-before it enters numerator and denominator alike, so that the rounding cancels between them.
+Where numerator and denominator share their features, the values' mean m = Σ S / Σ z is taken out of the state, which
+becomes S - z m: then o = m + (q̂ (S - z m) - ε m) / (q̃ · z + ε), and the gradients, differences between values and
+outputs, are not left to cancel between terms as large as the mean.
+
+Precision, the same everywhere: features, sums and denominators are float32. Operands of matrix products are bfloat16
+for bfloat16 inputs, and float32 otherwise, never tf32: sums over thousands of tokens and powers of features overflow
+float16. What is rounded to bfloat16 is rounded once, before it enters numerator and denominator alike, so that the
+rounding cancels between them.
 
 ``signed_power`` has features of two signs, φ(x) and φ(-x) ("SIGNS"), and two streams: the second half of v's channels
 sees the queries with the opposite sign ("STREAMS"). With every other map both are 1.
@@ -107,6 +111,13 @@ def _features(
         return rounded, rounded.to(tl.float32)
 
 
+@jit
+def _store_state(state_ptr, z_ptr, at, state, z, d, c, mask, tile, D: tl.constexpr, DV: tl.constexpr):
+    tl.store(_tile(state_ptr + at * D * DV, d, c, DV, 1), state, mask=mask)
+    if tile == 0:
+        tl.store(z_ptr + at * D + d, z, mask=d < D)
+
+
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def _state_kernel(
     x_ptr, x_strides, xd_ptr, xd_strides, y_ptr, y_strides, a_ptr, w_ptr, w_strides, cos_ptr, sin_ptr, rope_strides,
@@ -176,29 +187,68 @@ def _state_kernel(
         z_scale = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if MEAN:
         scale = z_scale
-    out = (split * tl.num_programs(0) + program).to(tl.int64)
-    if SIGNED:
-        out *= 2
+    out = (split * tl.num_programs(0) + program).to(tl.int64) * STREAMS  # as many signs as streams
     mask = (d < D)[:, None] & (c < DV)[None, :]
-    tl.store(_tile(state_ptr + out * D * DV, d, c, DV, 1), state * scale, mask=mask)
-    if tile == 0:
-        tl.store(z_ptr + out * D + d, z * z_scale, mask=d < D)
+    _store_state(state_ptr, z_ptr, out, state * scale, z * z_scale, d, c, mask, tile, D, DV)
     if SIGNED:
-        tl.store(_tile(state_ptr + (out + 1) * D * DV, d, c, DV, 1), state_minus * scale, mask=mask)
-        if tile == 0:
-            tl.store(z_ptr + (out + 1) * D + d, z_minus * z_scale, mask=d < D)
+        _store_state(state_ptr, z_ptr, out + 1, state_minus * scale, z_minus * z_scale, d, c, mask, tile, D, DV)
+
+
+@jit
+def _add_splits(state_ptr, z_ptr, at, stride, splits, d, c, mask, D: tl.constexpr, DV: tl.constexpr):
+    state = tl.load(_tile(state_ptr + at * D * DV, d, c, DV, 1), mask=mask, other=0.0)
+    z = tl.load(z_ptr + at * D + d, mask=d < D, other=0.0)
+    for _ in range(1, splits):
+        at += stride
+        state += tl.load(_tile(state_ptr + at * D * DV, d, c, DV, 1), mask=mask, other=0.0)
+        z += tl.load(z_ptr + at * D + d, mask=d < D, other=0.0)
+    return state, z
+
+
+@jit(do_not_specialize=["splits"])
+def _reduce_kernel(
+    partial_state_ptr, partial_z_ptr, state_ptr, z_ptr, mean_ptr, splits,
+    D: tl.constexpr, DV: tl.constexpr, SIGNED: tl.constexpr, CENTER: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Adds up the splits, always in the same order, and takes the mean m = Σ S / Σ z out of the state if ``CENTER``."""
+    SIGNS: tl.constexpr = 2 if SIGNED else 1
+    program, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
+    c = tile * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    mask = (d < D)[:, None] & (c < DV)[None, :]
+    stride = tl.num_programs(0).to(tl.int64) * SIGNS
+    state, z = _add_splits(partial_state_ptr, partial_z_ptr, program * SIGNS, stride, splits, d, c, mask, D, DV)
+    if SIGNED:
+        state_minus, z_minus = _add_splits(
+            partial_state_ptr, partial_z_ptr, program * SIGNS + 1, stride, splits, d, c, mask, D, DV
+        )
+    if CENTER:
+        mean = tl.sum(tl.where(z < 0.0, -1.0, 1.0)[:, None] * state, 0)
+        total = tl.sum(tl.abs(z), 0)
+        if SIGNED:
+            mean += tl.sum(state_minus, 0)
+            total += tl.sum(z_minus, 0)
+        mean = tl.where(total > 0.0, mean / total, 0.0)
+        tl.store(mean_ptr + program * DV + c, mean, mask=c < DV)
+        state -= z[:, None] * mean[None, :]
+        if SIGNED:
+            state_minus -= z_minus[:, None] * mean[None, :]
+    _store_state(state_ptr, z_ptr, program * SIGNS, state, z, d, c, mask, tile, D, DV)
+    if SIGNED:
+        _store_state(state_ptr, z_ptr, program * SIGNS + 1, state_minus, z_minus, d, c, mask, tile, D, DV)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def _output_kernel(
     x_ptr, x_strides, xd_ptr, xd_strides, o_ptr, o_strides, a_ptr, w_ptr, w_strides, cos_ptr, sin_ptr, rope_strides,
-    cu_seqlens, state_ptr, z_ptr, length, heads, eps,
+    cu_seqlens, state_ptr, z_ptr, mean_ptr, length, heads, eps,
     PHI: tl.constexpr, EXPONENT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, SIGNED: tl.constexpr, PARAMETER: tl.constexpr, WEIGHT: tl.constexpr,
     ROPE: tl.constexpr, DECOUPLED: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """o = x̂ S / (x̃ · z + ε) for one split of the queries."""
+    """o = m + (x̂ S - ε m) / (x̃ · z + ε) for one split of the queries; x̂ S without ``NORMALIZE``."""
     STREAMS: tl.constexpr = 2 if SIGNED else 1
     SIGNS: tl.constexpr = STREAMS
     program, split = tl.program_id(0), tl.program_id(2)
@@ -245,7 +295,8 @@ def _output_kernel(
                     state = tl.load(_tile(state_ptr + (at + 1) * D * DV, d, c, DV, 1), mask=s_mask, other=0.0)
                     o = tl.dot(minus, state.to(OPERAND), o, input_precision=PRECISION)
                 if NORMALIZE:
-                    o = o / denominator[:, None]
+                    mean = tl.load(mean_ptr + (program * STREAMS + stream) * DV + c, mask=c < DV, other=0.0)[None, :]
+                    o = mean + (o - eps * mean) / denominator[:, None]
                 pointers = _tile(o_ptr, row, stream * DV + c, o_strides[2], o_strides[3])
                 tl.store(pointers, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & (c < DV)[None, :])
 
@@ -271,7 +322,7 @@ def _features_backward(
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def _gradient_kernel(
     x_ptr, x_strides, xd_ptr, xd_strides, y_ptr, y_strides, a_ptr, w_ptr, w_strides, cos_ptr, sin_ptr, rope_strides,
-    cu_seqlens, state_ptr, z_ptr, rows_ptr, rows_strides,
+    cu_seqlens, state_ptr, z_ptr, mean_ptr, rows_ptr, rows_strides,
     dx_ptr, dx_strides, dxd_ptr, dxd_strides, dy_ptr, dy_strides, da_ptr, dw_ptr, dw_strides,
     length, heads, scale, eps,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, EXPONENT: tl.constexpr, OPERAND: tl.constexpr,
@@ -281,14 +332,11 @@ def _gradient_kernel(
 ):  # fmt: skip
     """Gradients of one split of the queries (y = do, the keys' state) or of the keys (y = v, the queries' state).
 
-    With dn = do / denominator, the queries' gradient is dq̂ = Σ_c dn_c (S_c - o_c z): a difference of nearly equal terms
-    where the values have a mean. So both are taken relative to m = Σ S / Σ z, the values' mean: dn_c ((S_c - m_c z) -
-    (o_c - m_c) z), whose terms are as small as the result, and o_c - m_c = q̂ (S_c - m_c z) / denominator - m_c ε /
-    denominator. (Where the numerator's features differ from the denominator's, the terms are not nearly equal.)
+    With dn = do / denominator and S, m as centered above: the queries' dq̂ = dn Sᵀ + c z with c = -dn · (o - m), which
+    goes into rows₁ with 1 / denominator in rows₀; the keys' dk̂ = (s v - m / M) dSᵀ + dz / M and dv = s k̂ dS.
     """
     STREAMS: tl.constexpr = 2 if SIGNED else 1
     SIGNS: tl.constexpr = STREAMS
-    CENTER: tl.constexpr = QUERIES and NORMALIZE and not ROPE and not DECOUPLED
     program, split = tl.program_id(0), tl.program_id(2)
     head = program % heads
     batch, first, count = _span(cu_seqlens, program // heads, length, VARLEN)
@@ -333,13 +381,11 @@ def _gradient_kernel(
             at = ((program * STREAMS + stream) * SIGNS).to(tl.int64)
             z = tl.load(z_ptr + at * D + d, mask=d < D, other=0.0) * z_scale
             numerator, features = _features(xs, a, w, cos, sin, mask, PHI, EXPONENT, OPERAND, ROPE, BLOCK_N, BLOCK_D)
-            z_total = tl.sum(tl.abs(z), 0)
             if SIGNED:
                 z_minus = tl.load(z_ptr + (at + 1) * D + d, mask=d < D, other=0.0) * z_scale
                 minus, features_minus = _features(
                     -xs, a, w, cos, sin, mask, PHI, EXPONENT, OPERAND, ROPE, BLOCK_N, BLOCK_D
                 )
-                z_total += tl.sum(tl.abs(z_minus), 0)
                 d_minus = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             inverse = tl.zeros((BLOCK_N,), tl.float32) + 1.0  # 1 / denominator
             if QUERIES and NORMALIZE:
@@ -351,56 +397,42 @@ def _gradient_kernel(
                     denominator += tl.sum(features_minus * z_minus[None, :], 1)
                 inverse = 1.0 / denominator
             d_plus = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            d_centered = tl.zeros((BLOCK_N,), tl.float32)  # Σ_c dn_c (o_c - m_c)
-            d_mean = tl.zeros((BLOCK_N,), tl.float32)  # Σ_c dn_c m_c
+            z_weight = tl.zeros((BLOCK_N,), tl.float32)
+            if NORMALIZE and not QUERIES:
+                z_weight += 1.0
 
             for tile in range(tl.cdiv(DV, BLOCK_DV)):
                 c = tile * BLOCK_DV + tl.arange(0, BLOCK_DV)
                 y_mask = inside[:, None] & (c < DV)[None, :]
                 y_column = stream * DV + c
                 y = tl.load(_tile(y_ptr, row, y_column, y_strides[2], y_strides[3]), mask=y_mask, other=0.0)
-                if QUERIES and NORMALIZE:
-                    y = y.to(tl.float32) * inverse[:, None]
-                s_mask = (d < D)[:, None] & (c < DV)[None, :]
-                state = tl.load(_tile(state_ptr + at * D * DV, d, c, DV, 1), mask=s_mask, other=0.0)
-                if SIGNED:
-                    state_minus = tl.load(_tile(state_ptr + (at + 1) * D * DV, d, c, DV, 1), mask=s_mask, other=0.0)
-                if CENTER:
-                    mean = tl.sum(tl.where(z < 0.0, -1.0, 1.0)[:, None] * state, 0)
-                    if SIGNED:
-                        mean += tl.sum(state_minus, 0)
-                    mean = tl.where(z_total > 0.0, mean / z_total, 0.0)
-                    state -= z[:, None] * mean[None, :]
-                    if SIGNED:
-                        state_minus -= z_minus[:, None] * mean[None, :]
-                if not QUERIES:
-                    state *= scale
-                    if SIGNED:
-                        state_minus *= scale
-                product = tl.dot(numerator, state.to(OPERAND), input_precision=PRECISION)
-                d_plus = tl.dot(y.to(OPERAND), tl.trans(state.to(OPERAND)), d_plus, input_precision=PRECISION)
-                if SIGNED:
-                    product = tl.dot(minus, state_minus.to(OPERAND), product, input_precision=PRECISION)
-                    d_minus = tl.dot(y.to(OPERAND), tl.trans(state_minus.to(OPERAND)), d_minus, input_precision=PRECISION)
+                mean = tl.zeros((BLOCK_DV,), tl.float32)
+                if NORMALIZE:
+                    mean += tl.load(mean_ptr + (program * STREAMS + stream) * DV + c, mask=c < DV, other=0.0)
                 if QUERIES:
-                    if NORMALIZE:
-                        product *= inverse[:, None]
-                        if CENTER:
-                            product -= mean[None, :] * (eps * inverse)[:, None]
-                            d_mean += tl.sum(y * mean[None, :], 1)
-                        d_centered += tl.sum(y * product, 1)
+                    y = (y.to(tl.float32) * inverse[:, None]).to(OPERAND)
                 else:
+                    y = (y.to(tl.float32) * scale - mean[None, :] * z_scale).to(OPERAND)
+                s_mask = (d < D)[:, None] & (c < DV)[None, :]
+                state = tl.load(_tile(state_ptr + at * D * DV, d, c, DV, 1), mask=s_mask, other=0.0).to(OPERAND)
+                product = tl.dot(numerator, state, input_precision=PRECISION)
+                d_plus = tl.dot(y, tl.trans(state), d_plus, input_precision=PRECISION)
+                if SIGNED:
+                    state = tl.load(_tile(state_ptr + (at + 1) * D * DV, d, c, DV, 1), mask=s_mask, other=0.0)
+                    state = state.to(OPERAND)
+                    product = tl.dot(minus, state, product, input_precision=PRECISION)
+                    d_minus = tl.dot(y, tl.trans(state), d_minus, input_precision=PRECISION)
+                if not QUERIES:
                     pointers = _tile(dy_ptr, row, y_column, dy_strides[2], dy_strides[3])
-                    tl.store(pointers, product.to(dy_ptr.dtype.element_ty), mask=y_mask)
+                    tl.store(pointers, (product * scale).to(dy_ptr.dtype.element_ty), mask=y_mask)
+                elif NORMALIZE:
+                    centered = (product - eps * mean[None, :]) * inverse[:, None]
+                    z_weight -= tl.sum(y.to(tl.float32) * centered, 1)
 
-            z_weight = tl.zeros((BLOCK_N,), tl.float32)
-            if NORMALIZE:
-                z_weight += 1.0
-                if QUERIES:
-                    z_weight = -d_centered
-                    out = rows_ptr + stream * rows_strides[2] + row
-                    tl.store(out, inverse, mask=inside)
-                    tl.store(out + rows_strides[3], z_weight - d_mean, mask=inside)
+            if QUERIES and NORMALIZE:
+                out = rows_ptr + stream * rows_strides[2] + row
+                tl.store(out, inverse, mask=inside)
+                tl.store(out + rows_strides[3], z_weight, mask=inside)
             d_denominator = z_weight[:, None] * z[None, :]
             if DECOUPLED:
                 pointers = _tile(dxd_ptr, row, d, dxd_strides[2], dxd_strides[3])
@@ -462,12 +494,20 @@ class _Problem(NamedTuple):
     def sequences(self) -> int:
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
-    def empty_state(self, splits: int = 1) -> tuple[Tensor, Tensor]:
-        """State and z for each split."""
+    @property
+    def centered(self) -> bool:
+        """Whether the values' mean is taken out of the keys' state: if numerator and denominator have equal features."""
+        return self.normalize and self.cos is None and self.q_denominator is None
+
+    def empty_state(self, splits: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """State, z and the values' mean, the first two for each split."""
         _, H, _, D = self.q.shape
-        shape = (splits, self.sequences, H, self.streams, self.streams, D)
+        D_v = self.v.shape[3] // self.streams
+        shape = (self.sequences, H, self.streams)
         options = dict(dtype=torch.float32, device=self.q.device)
-        return torch.empty(*shape, self.v.shape[3] // self.streams, **options), torch.empty(shape, **options)
+        state = torch.empty(splits, *shape, self.streams, D, D_v, **options)
+        z = torch.empty(splits, *shape, self.streams, D, **options)
+        return state, z, torch.zeros(*shape, D_v, **options)
 
     def empty_output(self) -> Tensor:
         B, H, N, _ = self.q.shape
@@ -505,9 +545,9 @@ def _launch(kernel, problem: _Problem, queries: bool, tensors: dict, *, splits: 
         EXPONENT=p.exponent, D=D, DV=D_v, SIGNED=p.streams == 2, PARAMETER=p.parameter is not None,
         WEIGHT=weight is not None, ROPE=p.cos is not None, DECOUPLED=x_denominator is not None,
         NORMALIZE=p.normalize, VARLEN=p.cu_seqlens is not None, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        **_precision_for(x.dtype, hip=torch.version.hip is not None), **tensors, **options,
+        **_precision(x.dtype, hip=torch.version.hip is not None), **tensors, **options,
     )  # fmt: skip
-    kernel[grid](**arguments, num_warps=4 if block_d <= 64 else 8, num_stages=2 if block_d <= 64 else 1)
+    kernel[grid](**arguments, num_warps=4 if block_d <= 64 else 8, num_stages=1)
 
 
 def _rope_strides(table: Tensor | None) -> tuple[int, int, int]:
@@ -524,11 +564,9 @@ def _blocks(D: int, D_v: int, streams: int, itemsize: int) -> tuple[int, int, in
     return block_n, block_d, block_dv
 
 
-def _precision_for(dtype: torch.dtype, hip: bool) -> dict:
+def _precision(dtype: torch.dtype, hip: bool) -> dict:
     if dtype == torch.bfloat16 and not INTERPRETING:  # the interpreter cannot multiply bfloat16
         return dict(OPERAND=tl.bfloat16, PRECISION="ieee")
-    if dtype == torch.float16 and not hip:
-        return dict(OPERAND=tl.float32, PRECISION="tf32")
     return dict(OPERAND=tl.float32, PRECISION="ieee" if hip else "tf32x3")
 
 
@@ -540,22 +578,35 @@ def _splits(problem: _Problem, x: Tensor, programs: int) -> int:
     return max(1, min(wanted, triton.cdiv(length, 64), 65535))
 
 
-def _state(problem: _Problem, queries: bool, y: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _state(problem: _Problem, queries: bool, y: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     p = problem
     x = p.q if queries else p.k
     D_v = p.v.shape[3] // p.streams
     tiles = triton.cdiv(D_v, _blocks(x.shape[3], D_v, p.streams, x.element_size())[2])
     splits = _splits(p, x, p.sequences * x.shape[1] * p.streams * tiles)
-    state, z = p.empty_state(splits)
-    tensors = dict(y_ptr=y, y_strides=y.stride(), rows_ptr=rows, rows_strides=_rows_strides(rows), state_ptr=state, z_ptr=z)
+    state, z, mean = p.empty_state(splits)
+    tensors = dict(
+        y_ptr=y, y_strides=y.stride(), rows_ptr=rows, rows_strides=_rows_strides(rows), state_ptr=state, z_ptr=z
+    )
     scale = 1.0 if queries or p.scale is None else p.scale
     _launch(_state_kernel, p, queries, tensors, splits=splits, tiles=tiles, streams=p.streams,
             scale=scale, MEAN=not queries and p.scale is None, QUERIES=queries,
             PHI=TRITON_FEATURE_MAPS[p.feature_map][0])  # fmt: skip
-    return state.sum(0), z.sum(0)
+    center = p.centered and not queries
+    if splits == 1 and not center:
+        return state[0], z[0], mean
+    whole_state, whole_z, _ = p.empty_state()
+    D = x.shape[3]
+    _, block_d, block_dv = _blocks(D, D_v, p.streams, x.element_size())
+    if mean.numel() > 0:
+        _reduce_kernel[(mean.numel() // D_v, tiles)](
+            state, z, whole_state, whole_z, mean, splits, D=D, DV=D_v, SIGNED=p.streams == 2, CENTER=center,
+            BLOCK_D=block_d, BLOCK_DV=block_dv,
+        )  # fmt: skip
+    return whole_state[0], whole_z[0], mean
 
 
-def _gradient(problem: _Problem, queries: bool, y: Tensor, dy: Tensor | None, state: Tensor, z: Tensor, rows: Tensor):
+def _gradient(problem: _Problem, queries: bool, y: Tensor, dy: Tensor | None, state: Tensor, z: Tensor, mean: Tensor, rows: Tensor):
     """Writes dy, and returns the gradients of x, of the denominator's x, of the weight and of the parameter."""
     p = problem
     x, x_denominator, weight = (
@@ -566,7 +617,7 @@ def _gradient(problem: _Problem, queries: bool, y: Tensor, dy: Tensor | None, st
     da = None if p.parameter is None else p.q.new_empty((splits, p.sequences, *p.parameter.shape), dtype=torch.float32)
     phi, phi_dx, phi_da = TRITON_FEATURE_MAPS[p.feature_map]
     tensors = dict(
-        y_ptr=y, y_strides=y.stride(), state_ptr=state, z_ptr=z, rows_ptr=rows, rows_strides=_rows_strides(rows),
+        y_ptr=y, y_strides=y.stride(), state_ptr=state, z_ptr=z, mean_ptr=mean, rows_ptr=rows, rows_strides=_rows_strides(rows),
         dx_ptr=dx, dx_strides=dx.stride(), dxd_ptr=dx_denominator,
         dxd_strides=(0, 0, 0, 0) if x_denominator is None else dx_denominator.stride(),
         dy_ptr=dy, dy_strides=(0, 0, 0, 0) if dy is None else dy.stride(), da_ptr=da, dw_ptr=dw,
@@ -592,28 +643,28 @@ def linear_attention_forward(
     parameter: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, feature_map: str, exponent: int, normalize: bool,
     scale: float | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The output, and the keys' state and z for the backward pass."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, and for the backward pass the keys' state, z and the values' mean."""
     p = _Problem(q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
                  max_seqlen, feature_map, exponent, normalize, scale, eps)  # fmt: skip
-    state, z = _state(p, False, v)
+    state, z, mean = _state(p, False, v)
     o = p.empty_output()
-    tensors = dict(o_ptr=o, o_strides=o.stride(), state_ptr=state, z_ptr=z)
+    tensors = dict(o_ptr=o, o_strides=o.stride(), state_ptr=state, z_ptr=z, mean_ptr=mean)
     _launch(_output_kernel, p, True, tensors, splits=_splits(p, q, p.sequences * q.shape[1]), tiles=1, eps=eps,
             PHI=TRITON_FEATURE_MAPS[feature_map][0])  # fmt: skip
-    return o, state, z
+    return o, state, z, mean
 
 
 @linear_attention_forward.register_fake
 def _(*arguments):
     p = _Problem(*arguments)
-    state, z = p.empty_state()
-    return p.empty_output(), state[0], z[0]
+    state, z, mean = p.empty_state()
+    return p.empty_output(), state[0], z[0], mean
 
 
 @torch.library.custom_op("flash_bla::linear_attention_backward", mutates_args=())
 def linear_attention_backward(
-    do: Tensor, state: Tensor, z: Tensor, keys: bool,
+    do: Tensor, state: Tensor, z: Tensor, mean: Tensor, keys: bool,
     q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None, k_denominator: Tensor | None,
     parameter: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, feature_map: str, exponent: int, normalize: bool,
@@ -627,17 +678,18 @@ def linear_attention_backward(
                  max_seqlen, feature_map, exponent, normalize, scale, eps)  # fmt: skip
     B, H, N, _ = q.shape
     rows = q.new_empty((2, B, H, p.streams, N), dtype=torch.float32)
-    dq, dq_denominator, dq_weight, da = _gradient(p, True, do, None, state, z, rows)
+    dq, dq_denominator, dq_weight, da = _gradient(p, True, do, None, state, z, mean, rows)
     if not keys:
         dk, dv, dk_denominator, dk_weight = (p.empty_like(None) for _ in range(4))
         return dq, dk, dv, dq_denominator, dk_denominator, da, dq_weight, dk_weight
     dv = p.empty_like(v)
-    dk, dk_denominator, dk_weight, da_keys = _gradient(p, False, v, dv, *_state(p, True, do, rows), rows)
+    d_state, d_z, _ = _state(p, True, do, rows)
+    dk, dk_denominator, dk_weight, da_keys = _gradient(p, False, v, dv, d_state, d_z, mean, rows)
     return dq, dk, dv, dq_denominator, dk_denominator, da + da_keys, dq_weight, dk_weight
 
 
 @linear_attention_backward.register_fake
-def _(do, state, z, keys, *arguments):
+def _(do, state, z, mean, keys, *arguments):
     p = _Problem(*arguments)
     of_keys = [p.empty_like(x if keys else None) for x in (p.k, p.v, p.k_denominator, p.key_weight)]
     dk, dv, dk_denominator, dk_weight = of_keys
@@ -647,15 +699,14 @@ def _(do, state, z, keys, *arguments):
 
 def _setup_context(ctx, inputs, output):
     tensors, ctx.options = inputs[:11], inputs[11:]
-    _, state, z = output
-    ctx.save_for_backward(*tensors, state, z)
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _backward(ctx, do, _d_state, _d_z):
-    *tensors, state, z = ctx.saved_tensors
+def _backward(ctx, do, *_):
+    *tensors, state, z, mean = ctx.saved_tensors
     needed = ctx.needs_input_grad[:8]
     keys = any(needed[i] for i in (1, 2, 4, 5, 7))
-    gradients = linear_attention_backward(do, state, z, keys, *tensors, *ctx.options)
+    gradients = linear_attention_backward(do, state, z, mean, keys, *tensors, *ctx.options)
     gradients = (g if need else None for g, need in zip(gradients, needed, strict=True))
     return *gradients, *[None] * (3 + len(ctx.options))
 

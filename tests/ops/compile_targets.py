@@ -61,16 +61,18 @@ def launches(p):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return lambda **arguments: calls.append((self.kernel, arguments))
+            return lambda *positional, **arguments: calls.append(
+                (self.kernel, dict(zip(self.kernel.arg_names, positional, strict=False)) | arguments)
+            )
 
-    names = ("_state_kernel", "_output_kernel", "_gradient_kernel")
+    names = ("_state_kernel", "_reduce_kernel", "_output_kernel", "_gradient_kernel")
     kernels = {name: getattr(module, name) for name in names}
     try:
         for name, kernel in kernels.items():
             setattr(module, name, Recorder(kernel))
         arguments = tuple(p)
-        o, state, z = module.linear_attention_forward._init_fn(*arguments)
-        module.linear_attention_backward._init_fn(o, state, z, True, *arguments)
+        o, *saved = module.linear_attention_forward._init_fn(*arguments)
+        module.linear_attention_backward._init_fn(o, *saved, True, *arguments)
     finally:
         for name, kernel in kernels.items():
             setattr(module, name, kernel)
@@ -84,7 +86,7 @@ def kind(value):
 
 
 def compile_launch(kernel, arguments, target, precision):
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages")}
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     if "PRECISION" in arguments and target.backend == "hip":
         arguments |= precision
     signature, constants, aligned = {}, {}, {}
@@ -114,7 +116,7 @@ def main(targets):
         most, count = (0, ""), 0
         for label, dtype, D in cases:
             for kernel, arguments in launches(problem(VARIANTS[label], dtype, D)):
-                precision = module._precision_for(dtype, hip=target.backend == "hip")
+                precision = module._precision(dtype, hip=target.backend == "hip")
                 shared = compile_launch(kernel, arguments, target, precision).metadata.shared / 1024
                 what = f"{kernel.__name__}, {label}, D={D}, {dtype}"
                 assert shared <= limit, f"{name}: {what} needs {shared:.0f} KiB of shared memory of {limit}"
