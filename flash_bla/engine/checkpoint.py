@@ -21,6 +21,7 @@ import os
 import pickle
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,21 +91,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 damaged = archive.testzip()
             if damaged:
                 raise DamagedCheckpoint(f"{path} is damaged: wrong checksum of {damaged}")
-        with torch.serialization.safe_globals([argparse.Namespace, (_Settings, "yacs.config.CfgNode")]):
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
-        if isinstance(error, DamagedCheckpoint):
-            raise
-        raise DamagedCheckpoint(f"{path} is no whole checkpoint: {str(error).splitlines()[0]}") from error
+    except DamagedCheckpoint:
+        raise
     except pickle.UnpicklingError as error:
         raise DamagedCheckpoint(f"{path} is damaged, or holds objects that are not safe to load") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DamagedCheckpoint(f"{path} is no whole checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise DamagedCheckpoint(f"{path} holds a {type(content).__name__}, no checkpoint")
     return content
-
-
-class _Settings(dict):
-    """Takes the place of yacs' CfgNode, which official files hold and which need not be installed."""
 
 
 class CheckpointFolder:
@@ -169,6 +167,7 @@ class CheckpointFolder:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, buffer.getbuffer(), keep)
         except OSError as error:
             self._warn(f"could not save {path}: {error.strerror}. What was saved before is intact, and the run goes on")

@@ -165,7 +165,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     Raises:
         RunError: A YAML holds an unknown key or a wrong type, or the settings contradict each other.
     """
-    given = _parse_flags(TrainConfig, "Train an image classifier.", argv)
+    usage = "train.py (--config FILE | --model NAME) [settings]"
+    given = _parse_flags(TrainConfig, usage, "Train an image classifier.", argv)
     if ("config" in given) == ("model" in given):
         raise RunError("name the model: either --config FILE or --model NAME")
     values: dict[str, Any] = {}
@@ -194,7 +195,8 @@ def parse_eval(argv: Sequence[str] | None = None) -> EvalConfig:
     Raises:
         RunError: Neither a checkpoint nor a model is named.
     """
-    config = EvalConfig(**_parse_flags(EvalConfig, "Evaluate an image classifier.", argv))
+    usage = "eval.py (--checkpoint FILE | --model NAME) [settings]"
+    config = EvalConfig(**_parse_flags(EvalConfig, usage, "Evaluate an image classifier.", argv))
     if not (config.checkpoint or config.model):
         raise RunError("name what to evaluate: --checkpoint FILE, --model NAME, or both")
     return _check_common(config)
@@ -277,10 +279,12 @@ def _converted(value: Any, hint: Any) -> Any:
     return float(value) if kind is float else value
 
 
-def _parse_flags(kind: type[Config], description: str, argv: Sequence[str] | None) -> dict[str, Any]:
+def _parse_flags(kind: type[Config], usage: str, description: str, argv: Sequence[str] | None) -> dict[str, Any]:
     """The settings that stand on the command line, and no others."""
     # With SUPPRESS a flag that is not given leaves no trace, so that it cannot hide what a YAML says.
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        usage=usage, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     hints = get_type_hints(kind)
     groups: dict[str, Any] = {}
     for item in fields(kind):

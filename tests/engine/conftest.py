@@ -1,0 +1,113 @@
+"""A model small enough to train in a test, folders of pictures, and ways to start the scripts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train as train_script
+from flash_bla.engine.processes import Processes
+
+ROOT = Path(train_script.__file__).parent
+torch.set_num_threads(1)
+
+MODEL_YAML = """\
+family: vit
+model: {img_size: 8, patch_size: 4, in_chans: 1, num_classes: 10, embed_dim: 16, depth: 2, num_heads: 2, attention: pola}
+train:
+  dataset: digits
+  epochs: 2
+  warmup_epochs: 1
+  batch_size: 240
+  workers: 0
+  lr: 1e-2
+  lr_batch: 0
+  hflip: 0.0
+  log_every: 1
+"""
+
+
+@pytest.fixture
+def model_yaml(tmp_path: Path) -> Path:
+    """The YAML of a tiny model that trains on the digits, five updates an epoch."""
+    path = tmp_path / "tiny_pola_vit.yaml"
+    path.write_text(MODEL_YAML)
+    return path
+
+
+@pytest.fixture
+def train(model_yaml: Path, tmp_path: Path):
+    """Trains the tiny model in this process: `train("run", "--lr", "1e-3")` returns the exit code."""
+
+    def run(folder: str, *flags: str) -> int:
+        model = [] if "--model" in flags else ["--config", str(model_yaml)]
+        return train_script.main([*model, "--output", str(tmp_path / folder), "--device", "cpu", *flags])
+
+    return run
+
+
+@pytest.fixture
+def load(tmp_path: Path):
+    """Reads a checkpoint of a run: `load("run")`, `load("run", "best")`."""
+    return lambda folder, name="last": torch.load(tmp_path / folder / f"{name}.pt", weights_only=True)
+
+
+@pytest.fixture
+def one_process() -> Processes:
+    return Processes(torch.device("cpu"), rank=0, count=1)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path):
+    """Makes a data set of folders: three classes of grey shades, distinct sizes, in train/ and val/."""
+
+    def make(name: str = "pictures", train: int = 8, val: int = 3) -> Path:
+        root = tmp_path / name
+        rng = np.random.default_rng(0)
+        for split, count in (("train", train), ("val", val)):
+            for shade, label in ((40, "dark"), (128, "grey"), (215, "light")):
+                folder = root / split / label
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    noise = rng.integers(-30, 30, (16 + number, 20, 3))
+                    Image.fromarray((shade + noise).astype(np.uint8)).save(folder / f"{number}.png")
+        return root
+
+    return make
+
+
+def start(script: str, *flags: str, processes: int = 1, **options) -> subprocess.Popen:
+    """Starts a script by python, or by torchrun on several processes."""
+    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *(runner if processes > 1 else []), str(ROOT / script), *flags, "--device", "cpu"],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+def tensors(content, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of nested containers, by their place."""
+    if isinstance(content, torch.Tensor):
+        return {prefix: content}
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return {key: tensor for name, item in items for key, tensor in tensors(item, f"{prefix}/{name}").items()}
+
+
+def assert_same_run(first: dict, second: dict) -> None:
+    """Two checkpoints stand at the same place with equal bits and equal figures."""
+    a, b = tensors(first), tensors(second)
+    assert a.keys() == b.keys()
+    differing = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not differing
+    timing = ("seconds", "images_per_second")
+    rows = [[{k: v for k, v in row.items() if k not in timing} for row in run["history"]] for run in (first, second)]
+    assert rows[0] == rows[1]
+    assert (first["epoch"], first["update"], first["meter"]) == (second["epoch"], second["update"], second["meter"])

@@ -1,0 +1,125 @@
+"""Settings: help, precedence, and errors that name the key, the file and what is valid."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from flash_bla.engine.config import EvalConfig, RunError, TrainConfig, differences, parse_eval, parse_train
+
+
+@pytest.mark.parametrize(("kind", "parse"), [(TrainConfig, parse_train), (EvalConfig, parse_eval)])
+def test_help_lists_every_setting_with_its_default(kind, parse, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit_info:
+        parse(["--help"])
+    assert exit_info.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for item in fields(kind):
+        flag = "--" + item.name.replace("_", "-")
+        assert f" {flag}" in text
+        assert f"{item.metadata['help']} (default: " in text
+    if kind is TrainConfig:
+        assert "learning rate for a total batch of --lr-batch images (default: 0.0005)" in text
+        assert "random crop: range of its area (default: 0.08 1)" in text
+
+
+def test_later_sources_win(tmp_path):
+    recipe = tmp_path / "my_recipe.yaml"
+    recipe.write_text("epochs: 30\nlr: 1e-3\nmixup: 0.8\n")
+    path = tmp_path / "precedence_vit.yaml"
+    path.write_text(
+        "family: vit\nmodel: {embed_dim: 16, depth: 1, num_heads: 2, attention: linear}\nrecipe: deit\n"
+        "train: {lr: 2e-3, smoothing: 0}\n"
+    )
+    config = parse_train(["--config", str(path)])
+    assert (config.model, config.epochs, config.lr, config.mixup, config.smoothing) == (
+        "precedence_vit", 300, 2e-3, 0.8, 0.0,
+    )  # fmt: skip
+    assert config.output == "runs/precedence_vit-folder"
+    config = parse_train(["--config", str(path), "--recipe", str(recipe), "--lr", "5e-3", "--img-size", "32", "48"])
+    assert (config.epochs, config.lr, config.mixup, config.cutmix) == (30, 5e-3, 0.8, 0.0)
+    assert config.img_size == [32, 48]
+
+
+def test_packaged_model_brings_its_recipe():
+    config = parse_train(["--model", "pola_vit_tiny", "--no-compile", "--mixup", "0", "--drop-path", "none"])
+    assert (config.epochs, config.aa, config.repeated_aug) == (300, "rand-m9-mstd0.5-inc1", 3)
+    assert (config.mixup, config.drop_path) == (0.0, None)
+    assert parse_train(["--model", "resnet18"]).epochs == TrainConfig().epochs
+
+
+def test_model_arguments_are_read_as_yaml():
+    flags = ["patch_size=4", "drop_rate=5e-4", "attention=[pola, softmax]", "qkv_bias=false", "global_pool=token"]
+    assert parse_train(["--model", "pola_vit_tiny", "--model-kwargs", *flags]).model_kwargs == {
+        "patch_size": 4, "drop_rate": 5e-4, "attention": ["pola", "softmax"], "qkv_bias": False, "global_pool": "token",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ("{epohcs: 3}", ["epohcs", "epochs"]),
+        ("{epochs: ten}", ["epochs", "int", "ten"]),
+        ("{epochs: true}", ["epochs", "True"]),
+        ("{lr: fast}", ["lr", "float"]),
+        ("{precision: fp8}", ["precision", "bf16", "fp8"]),
+        ("{betas: [0.9, x]}", ["betas", "float"]),
+        ("{recipe: deit}", ["recipe"]),
+    ],
+)
+def test_yaml_errors_name_key_and_file(tmp_path, train, expected):
+    path = tmp_path / "wrong_vit.yaml"
+    path.write_text(f"family: vit\nmodel: {{embed_dim: 16, depth: 1, num_heads: 2}}\ntrain: {train}\n")
+    with pytest.raises(RunError) as error:
+        parse_train(["--config", str(path)])
+    for part in [str(path), *expected]:
+        assert part in str(error.value)
+
+
+def test_recipe_errors_name_the_recipe(tmp_path):
+    with pytest.raises(RunError, match="deit"):
+        parse_train(["--model", "pola_vit_tiny", "--recipe", "diet"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text("weight_deacy: 0.1\n")
+    with pytest.raises(RunError, match=r"recipe\.yaml.*weight_deacy.*weight_decay"):
+        parse_train(["--model", "pola_vit_tiny", "--recipe", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "name the model"),
+        (["--model", "a", "--config", "b"], "name the model"),
+        (["--config", "/nowhere.yaml"], "nowhere"),
+        (["--model", "pola_vit_tiny", "--batch-size", "5"], "even"),
+        (["--model", "resnet18", "--batch-size", "0"], "batch_size"),
+        (["--model", "resnet18", "--epochs", "5"], "warmup_epochs"),
+        (["--model", "resnet18", "--ema-decay", "1"], "ema_decay"),
+        (["--model", "resnet18", "--img-size", "1", "2", "3"], "img_size"),
+    ],
+)
+def test_contradictions(flags, message):
+    with pytest.raises(RunError, match=message):
+        parse_train(flags)
+
+
+def test_learning_rates_scale_with_the_total_batch():
+    config = TrainConfig(lr=5e-4, warmup_lr=1e-6, min_lr=1e-5)
+    assert config.learning_rates(1024) == {"lr": 1e-3, "warmup_lr": 1e-6, "min_lr": 1e-5}
+    config.lr_scale_all = True
+    assert config.learning_rates(1024) == {"lr": 1e-3, "warmup_lr": 2e-6, "min_lr": 2e-5}
+    config.lr_batch = 0
+    assert config.learning_rates(1024) == {"lr": 5e-4, "warmup_lr": 1e-6, "min_lr": 1e-5}
+
+
+def test_differences_leave_out_what_has_no_part_in_the_result():
+    assert differences({"lr": 1.0, "workers": 4, "total_batch": 8}, {"lr": 2.0, "workers": 8, "total_batch": 8}) == [
+        "lr: 1.0 -> 2.0"
+    ]
+
+
+def test_evaluation_wants_something_to_evaluate():
+    with pytest.raises(RunError, match="--checkpoint"):
+        parse_eval([])

@@ -1,0 +1,274 @@
+"""Data: an order and augmentations that follow from the seed alone, exact shares, and errors before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import IterableImageDataset, create_transform
+
+from flash_bla.engine.config import EvalConfig, RunError, TrainConfig
+from flash_bla.engine.data import (
+    Digits,
+    SeededMixup,
+    ToDevice,
+    TrainOrder,
+    check_classes,
+    class_names_of,
+    eval_loader,
+    open_dataset,
+    train_loader,
+)
+from flash_bla.engine.processes import Processes
+
+CPU = torch.device("cpu")
+DATA = {
+    "input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "crop_pct": 0.9,
+    "crop_mode": "center", "mode": "RGB",
+}  # fmt: skip
+GREY = DATA | {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.25], "crop_pct": 1.0, "mode": "L"}
+
+
+def settings(**changes) -> TrainConfig:
+    return TrainConfig(**({"dataset": "digits", "epochs": 3, "batch_size": 24, "workers": 0, "seed": 5} | changes))
+
+
+def batches(config: TrainConfig, data: dict, start=(0, 0), count: int = 2) -> list:
+    dataset = open_dataset(config, training=True)
+    order = TrainOrder(len(dataset), config, Processes(CPU, 0, 1))
+    order.start = start
+    return list(itertools.islice(train_loader(config, dataset, data, order, CPU), count))
+
+
+# Order ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_an_epoch_takes_every_image_once(repeats):
+    config = settings(batch_size=25, repeated_aug=repeats)
+    keys = [key for batch in TrainOrder(100, config, Processes(CPU, 0, 1)) for key in batch]
+    assert len(keys) == 3 * 100
+    for epoch in range(3):
+        images = [image for e, image, _ in keys if e == epoch]
+        assert len(images) == 100
+        assert len(set(images)) == -(-100 // repeats)
+        assert len(set(keys)) == len(keys)  # copies of an image are told apart, so they are augmented differently
+    assert keys[:100] != [(0, *key[1:]) for key in keys[100:200]]
+    assert keys == [key for batch in TrainOrder(100, config, Processes(CPU, 0, 1)) for key in batch]
+
+
+@pytest.mark.parametrize(("count", "accum", "batch"), [(1, 3, 8), (3, 1, 8), (2, 2, 6), (2, 1, 13)])
+def test_an_update_has_the_same_images_however_it_is_shared(count, accum, batch):
+    total = count * accum * batch
+    whole = list(TrainOrder(100, settings(batch_size=total), Processes(CPU, 0, 1)))
+    shares = [
+        list(TrainOrder(100, settings(batch_size=batch, grad_accum=accum), Processes(CPU, rank, count)))
+        for rank in range(count)
+    ]
+    assert all(len(share) == accum * len(whole) for share in shares)
+    for update, expected in enumerate(whole):
+        passes = [share[update * accum + micro] for micro in range(accum) for share in shares]
+        assert sorted(key for keys in passes for key in keys) == sorted(expected)
+        if batch % 2 == 0:  # mixup's pairs, i and -1 - i, stay together
+            pairs = {frozenset(pair) for pair in zip(expected, reversed(expected), strict=True)}
+            assert all(frozenset(pair) in pairs for keys in passes for pair in zip(keys, reversed(keys), strict=True))
+
+
+def test_the_order_can_be_taken_up_anywhere():
+    whole = list(TrainOrder(100, settings(grad_accum=2), Processes(CPU, 0, 1)))
+    for start, skipped in (((0, 1), 2), ((1, 0), 4), ((1, 2), 8), ((3, 0), 12)):
+        order = TrainOrder(100, settings(grad_accum=2), Processes(CPU, 0, 1))
+        order.start = start
+        assert list(order) == whole[skipped:]
+
+
+def test_a_batch_larger_than_the_data_set_is_refused():
+    with pytest.raises(RunError, match="takes 48 images, but the data set has 40"):
+        TrainOrder(40, settings(), Processes(CPU, 0, 2))
+
+
+# Augmentation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [DATA, GREY], ids=["colour", "grey"])
+def test_the_stream_does_not_depend_on_the_loader_processes(data):
+    config = settings(aa="rand-m9-mstd0.5-inc1", reprob=0.5, hflip=0.5)
+    alone = batches(config, data)
+    shared = batches(dataclasses.replace(config, workers=2), data)
+    for (images, targets, _), (others, other_targets, _) in zip(alone, shared, strict=True):
+        assert images.dtype == torch.float32
+        assert torch.equal(images, others) and torch.equal(targets, other_targets)
+    # ... nor on what was drawn before: the second batch is the same where a run is taken up with it.
+    assert torch.equal(batches(config, data, start=(0, 1), count=1)[0][0], alone[1][0])
+
+
+def test_epochs_and_copies_are_augmented_differently():
+    config = settings(hflip=0.0)
+    dataset = train_loader(config, Digits(True), GREY, TrainOrder(1437, config, Processes(CPU, 0, 1)), CPU).dataset
+    views = [dataset[key][0] for key in ((0, 7, 0), (1, 7, 0), (0, 7, 1))]
+    assert views[0].dtype == torch.uint8
+    assert torch.equal(dataset[0, 7, 0][0], views[0])
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(views, 2))
+
+
+def test_images_are_normalised_on_the_device_as_timm_does():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    raw, expected = (
+        create_transform((3, 16, 16), crop_pct=1.0, mean=mean, std=std, use_prefetcher=raw)(image)
+        for raw in (True, False)
+    )
+    assert raw.dtype == torch.uint8
+    images, _ = ToDevice(mean, std, CPU)(raw[None], torch.zeros(1))
+    assert torch.allclose(images[0], expected, atol=1e-6)
+    assert ToDevice(mean, std, CPU)(expected, torch.zeros(1))[0] is expected
+
+
+@pytest.mark.parametrize("mixing", [{"mixup": 0.8}, {"cutmix": 1.0}])
+def test_mixup_is_the_same_however_an_update_is_shared(mixing):
+    whole_order = TrainOrder(96, settings(batch_size=48), Processes(CPU, 0, 1))
+    orders = [TrainOrder(96, settings(batch_size=24), Processes(CPU, rank, 2)) for rank in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.rand(96, 3, 8, 8, generator=generator), torch.arange(96) % 10
+    mix = SeededMixup(settings(**mixing), num_classes=10)
+
+    def mixed(order, update):
+        keys = list(order)[update]
+        index = [image for _, image, _ in keys]
+        return dict(zip(index, zip(*mix(images[index], targets[index], 0, update), strict=True), strict=True))
+
+    for update in range(2):
+        whole = mixed(whole_order, update)
+        shares = mixed(orders[0], update) | mixed(orders[1], update)
+        assert whole.keys() == shares.keys()
+        for key, (image, target) in whole.items():
+            assert torch.allclose(image, shares[key][0]) and torch.allclose(target, shares[key][1])
+    first = mixed(whole_order, 0)
+    assert any(not torch.equal(image, images[key]) for key, (image, _) in first.items())
+
+
+# Data sets -----------------------------------------------------------------------------------------------------------
+
+
+def test_digits_have_a_fixed_stratified_split():
+    train, held_out = Digits(True), Digits(False)
+    assert (len(train), len(held_out)) == (1437, 360)
+    assert np.bincount(held_out.targets).tolist() == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]
+    assert held_out.targets[:10].tolist() == Digits(False).targets[:10].tolist()
+    pictures = {image.tobytes() for image in train.images}
+    assert not any(image.tobytes() in pictures for image in held_out.images)
+    image, target = held_out[0]
+    assert (image.mode, image.size, target) == ("L", (8, 8), int(held_out.targets[0]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_every_image_is_evaluated_once(count):
+    config = EvalConfig(dataset="digits", workers=0, batch_size=50)
+    shares = [eval_loader(config, Digits(False), GREY, Processes(CPU, rank, count)).sampler for rank in range(count)]
+    assert sorted(index for share in shares for index in share) == list(range(360))
+
+
+def folder(root, **changes) -> TrainConfig:
+    return settings(dataset="folder", data_dir=str(root), batch_size=12, **changes)
+
+
+def test_folders(pictures):
+    config = folder(pictures())
+    dataset = open_dataset(config, training=True)
+    assert class_names_of(dataset) == ["dark", "grey", "light"]
+    assert (len(dataset), len(open_dataset(config, training=False))) == (24, 9)
+    # The model's classes keep their numbers, also where the folder has fewer or sorts them otherwise.
+    held_out = open_dataset(config, training=False, class_names=["light", "dark", "other", "grey"])
+    assert {dataset_target for _, dataset_target in held_out.reader.samples} == {0, 1, 3}
+
+
+def test_torchvision_folders(pictures):
+    config = settings(dataset="torch/image_folder", data_dir=str(pictures()))
+    dataset = open_dataset(config, training=False)
+    assert class_names_of(dataset) == ["dark", "grey", "light"]
+    loader = eval_loader(config, dataset, DATA, Processes(CPU, 0, 1))
+    assert sum(len(targets) for _, targets, _ in loader) == 9
+
+
+def test_errors_before_anything_starts(pictures, tmp_path):
+    root = pictures()
+    with pytest.raises(RunError, match="no such folder: .*nowhere"):
+        open_dataset(folder(tmp_path / "nowhere"), training=True)
+    with pytest.raises(RunError, match="needs a folder"):
+        open_dataset(settings(dataset="folder"), training=True)
+    with pytest.raises(RunError, match="neither 'folder' nor 'digits'"):
+        open_dataset(settings(dataset="digit"), training=True)
+    with pytest.raises(RunError, match=r"no folder for the split 'test' in .*; there is: train, val"):
+        open_dataset(folder(root, val_split="test"), training=False)
+    with pytest.raises(RunError, match="is none of the 2 classes"):
+        open_dataset(folder(root), training=False, class_names=["dark", "light"])
+    (root / "train" / "empty").mkdir()
+    with pytest.raises(RunError, match="the class 'empty' is empty: no image in .*train/empty"):
+        open_dataset(folder(root), training=True)
+    Image.new("RGB", (8, 8)).save(root / "val" / "stray.png")
+    with pytest.raises(RunError, match="images must stand in a folder of their class"):
+        open_dataset(folder(root), training=False)
+    with pytest.raises(RunError, match="the head has 10 classes, but the data set 'folder' has 3"):
+        check_classes(10, ["a", "b", "c"], "folder")
+    with pytest.raises(RunError, match="does not say how many classes"):
+        check_classes(None, None, "wds/x")
+
+
+def test_an_unreadable_image_is_replaced_in_training_and_reported_in_evaluation(pictures):
+    root = pictures()
+    for split in ("train", "val"):
+        (root / split / "grey" / "1.png").write_bytes(b"no picture")
+    config = folder(root)
+    found = [batches(dataclasses.replace(config, workers=workers), DATA) for workers in (0, 2)]
+    for (images, targets, failures), (others, other_targets, other_failures) in zip(*found, strict=True):
+        assert torch.equal(images, others) and torch.equal(targets, other_targets)
+        assert len(images) == 12 and failures == other_failures
+    failures = [failure for batch in found[0] for failure in batch[2]]
+    assert len(failures) == 1 and f"cannot read {root}/train/grey/1.png" in failures[0]
+    # An evaluation must not put another image in its place.
+    loader = eval_loader(config, open_dataset(config, training=False), DATA, Processes(CPU, 0, 1))
+    _, targets, failures = next(iter(loader))
+    assert len(failures) == 1 and f"cannot read {root}/val/grey/1.png" in failures[0]
+    assert targets.tolist() == [0, 0, 0, 1, -1, 1, 2, 2, 2]
+
+
+def test_a_data_set_of_unreadable_images_ends_the_run(pictures):
+    root = pictures()
+    for file in root.glob("train/*/*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(RunError, match="10 images in a row cannot be read"):
+        batches(folder(root), DATA)
+
+
+class Reader:
+    """Stands for one of timm's readers of streams."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        for number in range(30):
+            yield Image.new("RGB", (20, 20), (number, self.epoch, 0)), number % 3
+
+    def __len__(self):
+        return 30
+
+
+def test_streams():
+    config = settings(batch_size=12, scale=[1.0, 1.0], ratio=[1.0, 1.0])
+    dataset = IterableImageDataset("", reader=Reader())
+    order = TrainOrder(len(dataset), config, Processes(CPU, 0, 1))
+    order.start = (4, 0)
+    found = list(itertools.islice(train_loader(config, dataset, DATA, order, CPU), 5))
+    pixels = torch.cat([images[:, :, 8, 8] for images, _, _ in found])
+    assert pixels[:, 1].tolist() == [4] * 30 + [5] * 30  # on and on, one epoch after the other
+    assert sorted(pixels[:30, 0].tolist()) == list(range(30))
+    held_out = eval_loader(config, dataset, DATA, Processes(CPU, 0, 1))
+    assert sum(len(targets) for _, targets, _ in held_out) == 30
