@@ -114,6 +114,9 @@ def train(config: TrainConfig, processes: Processes) -> int:
     meter = LossMeter(processes, config.max_nonfinite)
     epoch, update, history, best, unreadable, started = 0, 0, [], -1.0, set(), time.time()
 
+    def learning_rate() -> float:
+        return max(group["lr"] for group in optimizer.param_groups)  # layer decay lowers the others
+
     def snapshot() -> dict[str, Any]:
         """All that the run needs to go on from here, and all that others need to use its model."""
         return {
@@ -222,14 +225,13 @@ def train(config: TrainConfig, processes: Processes) -> int:
                 done = epoch * updates + update
                 if ema:
                     ema.update(model, step=done)
-                lr = max(group["lr"] for group in optimizer.param_groups)
                 schedule.step_update(done)
                 bar.update()
 
                 if done % config.log_every == 0:  # reading figures waits for the device: now and then is enough
                     window_loss, _, _ = meter.read()
                     speed = (update - window_start) * order.total_batch / (time.time() - clock)
-                    figures = {"loss": window_loss, "lr": lr, "images_per_second": speed}
+                    figures = {"loss": window_loss, "lr": learning_rate(), "images_per_second": speed}
                     log.window(done, bar, **figures, memory_gib=memory_used(device), grad_norm=float(grad_norm))
                     clock, window_start = time.time(), update
                 if stop.agreed():
@@ -243,7 +245,12 @@ def train(config: TrainConfig, processes: Processes) -> int:
             # The end of an epoch: evaluation, logs, checkpoints.
             _, train_loss, skipped = meter.read()
             speed = (update - epoch_start) * order.total_batch / (time.time() - epoch_clock)
-            row = {"epoch": epoch + 1, "updates": (epoch + 1) * updates, "train_loss": train_loss}
+            row = {
+                "epoch": epoch + 1,
+                "updates": (epoch + 1) * updates,
+                "lr": learning_rate(),
+                "train_loss": train_loss,
+            }
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs:
                 try:
                     figures = evaluate(

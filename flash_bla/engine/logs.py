@@ -35,7 +35,7 @@ class LossMeter:
 
     def start_epoch(self, state: list[float] = (0.0, 0.0, 0.0)) -> None:
         """Begins an epoch, or takes one up from its `state()`."""
-        self._sums.copy_(torch.tensor(state))
+        self._sums.copy_(torch.tensor(state, dtype=torch.float64))
         self._seen = list(state[:2])
 
     def state(self) -> list[float]:

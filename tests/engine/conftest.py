@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 MODEL_YAML = """\
 family: vit
-model: {img_size: 8, patch_size: 4, in_chans: 1, num_classes: 10, embed_dim: 16, depth: 2, num_heads: 2, attention: pola}
+model: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 16, depth: 2, num_heads: 2, attention: pola}
 train:
   dataset: digits
   epochs: 2

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import pickle
 import resource
+import sys
 import types
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -98,31 +101,29 @@ def test_checkpoints_that_cannot_be_read_are_not_overwritten(folder):
         folder.load()
 
 
-def full_disk(monkeypatch):
-    def fsync(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextlib.contextmanager
+def full_disk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        yield
 
-    monkeypatch.setattr(os, "fsync", fsync)
 
-
-def small_limit(monkeypatch):
+@contextlib.contextmanager
+def small_files_only():
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(
-        resource, "undo", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)), raising=False
-    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("fill", [full_disk, small_limit])
-def test_a_full_disk_costs_nothing_saved_before(folder, warnings, monkeypatch, fill):
+@pytest.mark.parametrize("trouble", [full_disk, small_files_only])
+def test_a_full_disk_costs_nothing_saved_before(folder, warnings, trouble):
     for number in range(2):
         folder.save_last(content(number))
     before = {file: file.read_bytes() for file in folder.folder.iterdir()}
-    with monkeypatch.context() as patch:
-        fill(patch)
+    with trouble():
         assert not folder.save_last(content(2))
         assert not folder.save_best(content(2))
-        getattr(resource, "undo", lambda: None)()
     assert before == {file: file.read_bytes() for file in folder.folder.iterdir()}
     assert len(warnings) == 2 and "could not save" in warnings[0] and "last.pt" in warnings[0]
     assert folder.save_last(content(3))
@@ -161,8 +162,8 @@ def test_settings_objects_of_other_projects_are_read(tmp_path, monkeypatch):
     node = yacs.CfgNode(LR=0.1)
     node.__dict__["__immutable__"] = True
     with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "yacs", types.ModuleType("yacs"))
-        patch.setitem(__import__("sys").modules, "yacs.config", yacs)
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", yacs)
         file = {"model": {"module.a": torch.ones(1)}, "config": node, "args": argparse.Namespace(lr=0.1)}
         torch.save(file, tmp_path / "official.pth")
     assert state_dict_of(read_checkpoint(tmp_path / "official.pth")) == {"a": torch.ones(1)}

@@ -1,0 +1,94 @@
+"""Evaluation in this process: resolutions, crops, plain files of weights, single pictures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import eval as eval_script
+from flash_bla.engine.config import RunError
+from flash_bla.engine.data import Digits
+
+
+def evaluate(*flags: str):
+    return eval_script.main([*flags, "--device", "cpu", "--workers", "0"])
+
+
+@pytest.fixture
+def checkpoint(train, tmp_path):
+    assert train("run", "--epochs", "4", "--batch-size", "60", "--ema-decay", "0.5") == 0
+    return str(tmp_path / "run" / "last.pt")
+
+
+def test_a_checkpoint_alone(checkpoint, load, tmp_path, capsys):
+    result = evaluate("--checkpoint", checkpoint, "--output", str(tmp_path / "out" / "digits"))
+    last = load("run")["history"][-1]
+    assert (result["images"], result["weights"], result["dataset"]) == (360, "ema", "digits")
+    for key, name in (("top1", "top1"), ("top5", "top5"), ("loss", "val_loss")):
+        assert result[key] == pytest.approx(last[name])
+    assert json.loads((tmp_path / "out" / "digits.json").read_text()) == result
+    assert (tmp_path / "out" / "digits.csv").read_text().startswith("model,checkpoint,weights,dataset")
+    assert f"top-1 {result['top1']:.2f} %" in capsys.readouterr().out
+    raw = evaluate("--checkpoint", checkpoint, "--no-use-ema")
+    assert raw["weights"] == "model" and raw["loss"] != result["loss"]
+
+
+def test_other_resolutions_and_crops(checkpoint):
+    flags = ("--checkpoint", checkpoint, "--img-size", "16", "12", "--crop-pct", "1.0", "--crop-mode", "squash")
+    result = evaluate(*flags, "--precision", "bf16", "--batch-size", "100")
+    assert (result["input_size"], result["crop_pct"], result["crop_mode"]) == ([1, 16, 12], 1.0, "squash")
+    assert result["images"] == 360
+
+
+def test_plain_files_of_weights(tmp_path, pictures):
+    model = timm.create_model("test_vit", num_classes=3)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "plain.pth")
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    flags = ("--data-dir", str(pictures()), "--img-size", "32")
+    wanted = evaluate("--model", "test_vit", "--num-classes", "3", "--checkpoint", str(tmp_path / "plain.pth"), *flags)
+    other = str(tmp_path / "plain.safetensors")
+    assert (
+        evaluate("--model", "test_vit", "--num-classes", "3", "--checkpoint", other, *flags)["loss"] == wanted["loss"]
+    )
+    with pytest.raises(RunError, match="name it with --model"):
+        evaluate("--checkpoint", other, *flags)
+    with pytest.raises(RunError, match="has 3 classes: new classifier for 1000 classes, which has learned nothing"):
+        evaluate("--model", "test_vit", "--checkpoint", other, *flags)
+    with pytest.raises(RunError, match="the head has 1000 classes, but the data set 'folder' has 3"):
+        evaluate("--model", "test_vit", *flags)
+
+
+def test_an_unreadable_image_is_named(checkpoint, pictures):
+    root = pictures()
+    (root / "val" / "grey" / "0.png").write_bytes(b"no picture")
+    flags = ("--model", "test_vit", "--num-classes", "3", "--data-dir", str(root))
+    with pytest.raises(RunError, match=f"cannot read {root}/val/grey/0.png"):
+        evaluate(*flags)
+
+
+def test_single_pictures(checkpoint, tmp_path, capsys):
+    files = []
+    for number in range(2):
+        image, _ = Digits(False)[number]
+        image.save(tmp_path / f"{number}.png")
+        files.append(str(tmp_path / f"{number}.png"))
+    answers = evaluate("--checkpoint", checkpoint, "--image", *files)
+    assert list(answers) == files
+    for best in answers.values():
+        assert len(best) == 5 and {name for name, _ in best} <= set("0123456789")
+        assert [p for _, p in best] == sorted((p for _, p in best), reverse=True)
+    assert files[0] in capsys.readouterr().out
+    (tmp_path / "no.png").write_text("no picture")
+    with pytest.raises(RunError, match="cannot read .*no.png"):
+        evaluate("--checkpoint", checkpoint, "--image", str(tmp_path / "no.png"))
+
+
+def test_imagenet_classes_have_names(tmp_path, capsys):
+    Digits(False)[0][0].save(tmp_path / "x.png")
+    answers = evaluate("--model", "test_vit", "--image", str(tmp_path / "x.png"), "--precision", "bf16")
+    names = [name for name, _ in answers[str(tmp_path / "x.png")]]
+    assert all(not name.startswith(("class ", "n0")) for name in names)

@@ -1,0 +1,111 @@
+"""The scripts as processes: killed, stopped, and several at once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from conftest import assert_same_run, start
+
+from flash_bla.engine.processes import Processes, mixed_seed, start_processes
+
+CPU = torch.device("cpu")
+
+
+def wait_for(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_killed_and_a_stopped_run_end_as_one_that_was_not(train, load, model_yaml, tmp_path):
+    flags = ["--epochs", "8", "--batch-size", "60", "--ema-decay", "0.9", "--mixup", "0.2", "--drop-path", "0.1"]
+    flags += ["--aa", "rand-m5", "--save-updates", "1"]
+    assert train("whole", *flags) == 0  # 184 updates, a few seconds
+    command = ["--config", str(model_yaml), "--output", str(tmp_path / "run"), "--workers", "1", *flags]
+    last = tmp_path / "run" / "last.pt"
+
+    # kill -9 at a random moment, most likely in the middle of an epoch and not unlikely in the middle of a save.
+    run = start("train.py", *command)
+    seen, target = set(), random.randint(2, 60)
+    wait_for(lambda: last.exists() and (seen.add(last.stat().st_mtime_ns) or len(seen) >= target))
+    time.sleep(random.uniform(0, 0.02))
+    run.kill()
+    run.communicate()
+    killed_at = load("run")["epoch"], load("run")["update"]
+    assert killed_at < (8, 0)
+
+    # SIGTERM to the whole group, as torchrun and Slurm send it: the loader processes must not die of it first.
+    run = start("train.py", *command, start_new_session=True)
+    before = last.stat().st_mtime_ns
+    wait_for(lambda: last.stat().st_mtime_ns != before)
+    os.killpg(run.pid, signal.SIGTERM)
+    output = run.communicate()[0]
+    assert run.returncode == 75, output
+    assert f"goes on from epoch {killed_at[0]}, update {killed_at[1]}" in output
+    assert "asked to stop after update" in output
+    assert killed_at < (load("run")["epoch"], load("run")["update"]) < (8, 0)
+
+    assert train("run", *flags) == 0
+    assert_same_run(load("whole"), load("run"))
+
+
+def test_two_processes_follow_one(train, load, model_yaml, tmp_path):
+    flags = ["--epochs", "3", "--ema-decay", "0.9", "--mixup", "0.8", "--cutmix", "1.0", "--clip-grad", "1.0"]
+    flags += ["--aa", "rand-m5", "--reprob", "0.25", "--save-updates", "3"]
+    assert train("one", *flags, "--batch-size", "240") == 0
+    command = ["--config", str(model_yaml), "--output", str(tmp_path / "two"), *flags]
+    run = start("train.py", *command, "--batch-size", "60", "--grad-accum", "2", processes=2)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    one, two = load("one"), load("two")
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+        assert a["top1"] == pytest.approx(b["top1"], abs=0.6)  # two pictures of 360
+    for key, value in one["state_dict"].items():
+        assert torch.allclose(value, two["state_dict"][key], atol=2e-3), key
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
+
+
+def test_an_evaluation_shared_by_processes_counts_every_image_once(train, pictures, tmp_path):
+    root = pictures(val=5)  # 15 pictures
+    flags = ["--dataset", "folder", "--data-dir", str(root), "--batch-size", "12", "--in-chans", "1", "--epochs", "2"]
+    assert train("run", *flags) == 0
+    command = ["--checkpoint", str(tmp_path / "run" / "best.pt"), "--workers", "0", "--batch-size", "4"]
+    run = start("eval.py", *command, "--output", str(tmp_path / "results" / "pictures"), processes=2)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    result = json.loads((tmp_path / "results" / "pictures.json").read_text())
+    row = next(csv.DictReader((tmp_path / "results" / "pictures.csv").open()))
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["history"][-1]
+    assert (result["images"], result["processes"], int(row["images"])) == (15, 2, 15)
+    assert result["top1"] == pytest.approx(best["top1"])
+    assert result["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+
+
+def test_errors_come_without_a_traceback(tmp_path):
+    run = start("train.py", "--model", "pola_vit_tiny", "--data-dir", str(tmp_path / "nowhere"))
+    output = run.communicate()[0]
+    assert run.returncode == 1
+    assert output.strip() == f"error: data_dir: no such folder: {tmp_path / 'nowhere'}"
+
+
+def test_one_process_needs_no_group():
+    processes = start_processes("cpu")
+    assert processes == Processes(CPU, 0, 1)
+    assert processes.gather("x") == ["x"] and processes.mean(torch.ones(2)).tolist() == [1, 1]
+    processes.close()
+
+
+def test_seeds():
+    seeds = {mixed_seed(a, b) for a in range(50) for b in range(50)}
+    assert len(seeds) == 2500 and all(0 <= seed < 2**63 for seed in seeds)
+    assert mixed_seed(1, 2, 3) == mixed_seed(1, 2, 3) == 2904650318439132554

@@ -1,0 +1,306 @@
+"""Training runs, in this process: what they write, how they go on, and what they do when something goes wrong."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import signal
+
+import pytest
+import timm
+import torch
+from conftest import assert_same_run, tensors
+
+import eval as eval_script
+import train as train_script
+from flash_bla.engine import checkpoint as checkpoint_module
+from flash_bla.engine.config import RunError
+from flash_bla.engine.processes import StopRequest
+
+UPDATES = 5  # of an epoch of the tiny model
+
+
+@pytest.fixture
+def on_loss(monkeypatch):
+    """Lets a test act on the losses of training: `on_loss(lambda number, loss: ...)` returns the loss to use."""
+
+    def install(act):
+        cross_entropy, calls = train_script.F.cross_entropy, iter(range(10**6))
+
+        def wrapped(logits, targets, **options):
+            loss = cross_entropy(logits, targets, **options)
+            return act(next(calls), loss) if logits.requires_grad else loss
+
+        monkeypatch.setattr(train_script.F, "cross_entropy", wrapped)
+
+    return install
+
+
+def interrupt(number: int):
+    """Sends this process a SIGTERM at one of the losses."""
+
+    def act(call, loss):
+        if call == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    return act
+
+
+def test_a_run_and_what_it_writes(train, load, tmp_path, capsys):
+    assert train("run", "--ema-decay", "0.9", "--num-classes", "10") == 0
+    folder = tmp_path / "run"
+    written = {
+        "last.pt",
+        "previous.pt",
+        "best.pt",
+        "log.csv",
+        "config.yaml",
+        "curve.png",
+        "summary.json",
+        "tensorboard",
+    }
+    assert {file.name for file in folder.iterdir()} == written
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    assert [(row["epoch"], row["updates"]) for row in rows] == [("1", "5"), ("2", "10")]
+    assert all(float(row[key]) > 0 for row in rows for key in ("train_loss", "val_loss", "top1", "top5", "lr"))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best"]["top1"] == max(float(row["top1"]) for row in rows)
+    assert (summary["train_images"], summary["val_images"], summary["skipped_updates"]) == (1437, 360, 0)
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    last = load("run")
+    assert (last["epoch"], last["update"], last["model"]["name"]) == (2, 0, "tiny_pola_vit")
+    assert last["class_names"] == [str(digit) for digit in range(10)]
+    assert "optimizer" not in load("run", "best")
+    output = capsys.readouterr().out
+    assert "rates    lr 0.01, warmup_lr 1e-06" in output and "curve.png" in output
+
+    # Started again it has nothing to do, and changes nothing.
+    assert train("run", "--ema-decay", "0.9", "--num-classes", "10", "--workers", "1") == 0
+    assert_same_run(last, load("run"))
+    assert "goes on from epoch 2, update 0" in capsys.readouterr().out
+
+
+def test_another_run_is_not_overwritten(train, load, tmp_path):
+    assert train("run", "--epochs", "2") == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+    with pytest.raises(RunError, match=r"holds another run(.|\n)*lr: 0.01 -> 0.5\n  epochs|epochs: 2 -> 3(.|\n)*lr:"):
+        train("run", "--lr", "0.5", "--epochs", "3")
+    with pytest.raises(RunError, match="model: "):
+        train("run", "--model-kwargs", "embed_dim=32")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+
+
+@pytest.mark.parametrize("stop_at", [2, UPDATES - 1, UPDATES])
+def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(train, load, on_loss, stop_at):
+    flags = ("--ema-decay", "0.9", "--aa", "rand-m5", "--reprob", "0.3", "--mixup", "0.5", "--drop-path", "0.2")
+    assert train("whole", *flags) == 0
+    before = signal.getsignal(signal.SIGTERM)
+    on_loss(interrupt(stop_at))
+    assert train("stopped", *flags) == train_script.STOPPED == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    stopped = load("stopped")
+    assert stopped["epoch"] * UPDATES + stopped["update"] == stop_at + 1
+    assert train("stopped", *flags, "--workers", "2") == 0
+    assert_same_run(load("whole"), load("stopped"))
+    assert_same_run(load("whole", "best"), load("stopped", "best"))
+
+
+def test_a_second_signal_is_not_caught(one_process):
+    stop = StopRequest(one_process)
+    before = signal.getsignal(signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.agreed()
+    assert signal.getsignal(signal.SIGINT) is not before
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+
+
+def test_checkpoints_within_an_epoch(train, load, on_loss):
+    class Crash(Exception):
+        pass
+
+    def act(call, loss):
+        if call == 8:
+            raise Crash
+        return loss
+
+    train("whole")
+    on_loss(act)
+    with pytest.raises(Crash):
+        train("run", "--save-updates", "3")
+    assert (load("run")["epoch"], load("run")["update"]) == (1, 1)
+    assert (load("run", "previous")["epoch"], load("run", "previous")["update"]) == (1, 0)
+    assert train("run") == 0
+    assert_same_run(load("whole"), load("run"))
+
+
+@pytest.mark.parametrize("mixing", [(), ("--mixup", "0.8", "--cutmix", "1.0")])
+def test_accumulation_equals_a_larger_batch(train, load, mixing):
+    train("large", "--epochs", "2", "--clip-grad", "1.0", *mixing)
+    train("parts", "--epochs", "2", "--clip-grad", "1.0", *mixing, "--batch-size", "60", "--grad-accum", "4")
+    large, parts = load("large"), load("parts")
+    for key, value in large["state_dict"].items():
+        assert torch.allclose(value, parts["state_dict"][key], atol=1e-4), key
+    assert parts["history"][0]["train_loss"] == pytest.approx(large["history"][0]["train_loss"], abs=1e-4)
+    assert train("large", "--clip-grad", "1.0", *mixing, "--batch-size", "60", "--grad-accum", "4") == 0  # the same run
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(train, load, precision):
+    assert train("run", "--precision", precision, "--warmup-epochs", "0", "--epochs", "3") == 0
+    history = load("run")["history"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"] < 2.5
+    assert history[-1]["skipped_updates"] == 0
+    assert (load("run")["scaler"]["scale"] > 1) == (precision == "fp16")
+
+
+def test_further_settings_train(train, load):
+    flags = ("--grad-checkpointing", "--cooldown-epochs", "1", "--ema-decay", "0.9", "--ema-warmup", "--opt", "lion")
+    assert train("run", *flags, "--repeated-aug", "3", "--eval-every", "2", "--color-jitter", "0.4") == 0
+    assert [("top1" in row) for row in load("run")["history"]] == [False, True, True]
+    assert load("run")["history"][-1]["lr"] == pytest.approx(1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(train, load, on_loss):
+    weights = []
+
+    def act(call, loss):
+        weights.append({key: value.clone() for key, value in train_model().items()})
+        return loss * {3: float("nan"), 4: float("inf")}.get(call, 1.0)
+
+    optimizers = []
+    create = train_script.create_optimizer_v2
+
+    def remember(model, **options):
+        optimizers.append(model)
+        return create(model, **options)
+
+    def train_model():
+        return dict(optimizers[0].named_parameters())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_script, "create_optimizer_v2", remember)
+        on_loss(act)
+        assert train("run") == 0
+    assert [row["skipped_updates"] for row in load("run")["history"]] == [2, 0]
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(load("run")).values())
+
+    def changed(a, b):
+        return any(not torch.equal(weights[a][key], weights[b][key]) for key in weights[a])
+
+    assert [changed(step, step + 1) for step in range(1, 7)] == [True, True, False, False, True, True]
+    assert float(next(iter(load("run")["optimizer"]["state"].values()))["step"]) == 2 * UPDATES - 2
+
+
+def test_too_many_in_a_row_end_the_run(train, load, on_loss):
+    on_loss(lambda call, loss: loss * (float("nan") if call >= 6 else 1.0))
+    with pytest.raises(RunError, match="3 updates in a row had no finite loss"):
+        train("run", "--max-nonfinite", "3", "--epochs", "4")
+    last = load("run")
+    assert last["epoch"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(last).values())
+
+
+def test_a_full_disk_does_not_end_the_run(train, load, monkeypatch, capsys):
+    write, calls = checkpoint_module.write_atomically, []
+
+    def fails_in_between(path, *rest):
+        calls.append(path)
+        if str(path).endswith("last.pt") and sum(str(p).endswith("last.pt") for p in calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *rest)
+
+    monkeypatch.setattr(checkpoint_module, "write_atomically", fails_in_between)
+    assert train("run", "--epochs", "3") == 0
+    assert "last.pt: No space left on device. What was saved before is intact" in capsys.readouterr().err
+    assert (load("run")["epoch"], load("run", "previous")["epoch"]) == (3, 1)
+
+    def fails(path, *rest):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module, "write_atomically", fails)
+    with pytest.raises(RunError, match="its end could not be saved"):
+        train("full")
+
+
+def test_linear_probe_leaves_the_backbone_as_it_is(train, load, tmp_path):
+    train("base", "--epochs", "2")
+    flags = ("--freeze-backbone", "--ema-decay", "0.9", "--drop-path", "0.5", "--epochs", "3")
+    assert train("probe", "--weights", str(tmp_path / "base" / "best.pt"), *flags) == 0
+    base, probe = load("base", "best"), load("probe")
+    for key, value in base["state_dict"].items():
+        fixed = not key.startswith("head.")
+        assert torch.equal(value, probe["state_dict"][key]) == fixed, key
+        assert torch.equal(value, probe["state_dict_ema"][key]) == fixed, key
+    assert probe["history"][-1]["top1"] > base["history"][-1]["top1"]
+
+
+def test_a_linear_probe_keeps_running_statistics(train, load):
+    model = ("--model", "test_byobnet", "--dataset", "digits", "--img-size", "32", "--workers", "0", "--epochs", "1")
+    flags = ("--freeze-backbone", "--warmup-epochs", "0", "--batch-size", "240", "--seed", "3", "--in-chans", "1")
+    assert train("probe", *model, *flags) == 0
+    fresh = timm.create_model("test_byobnet", in_chans=1)
+    for key, value in fresh.state_dict().items():
+        if "running" in key:
+            assert torch.equal(load("probe")["state_dict"][key], value)
+
+
+def test_layer_decay_and_weight_decay_groups(train, load):
+    assert train("run", "--layer-decay", "0.5", "--epochs", "2") == 0
+    groups = load("run")["optimizer"]["param_groups"]
+    assert {group["lr_scale"] for group in groups} == {0.125, 0.25, 0.5, 1.0}  # embedding, two blocks, head
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+    assert all(group["lr"] == pytest.approx(groups[-1]["lr"] * group["lr_scale"]) for group in groups)
+
+
+def test_fine_tuning_with_other_classes_and_another_resolution(train, load, pictures, tmp_path, capsys):
+    train("base")
+    flags = ("--data-dir", str(pictures()), "--dataset", "folder", "--batch-size", "12", "--in-chans", "1")
+    weights = ("--weights", str(tmp_path / "base" / "best.pt"))
+    assert train("tuned", *flags, *weights, "--img-size", "16", "24", "--epochs", "12") == 0
+    assert "best.pt has 10 classes: new classifier for 3 classes" in capsys.readouterr().out
+    tuned = load("tuned", "best")
+    assert tuned["class_names"] == ["dark", "grey", "light"]
+    assert tuned["data"]["input_size"] == [1, 16, 24]
+    # The checkpoint is enough to evaluate it: model, classes, input and data set are in it.
+    result = eval_script.main(
+        ["--checkpoint", str(tmp_path / "tuned" / "best.pt"), "--device", "cpu", "--workers", "0"]
+    )
+    assert result["images"] == 9
+    assert result["top1"] == pytest.approx(load("tuned", "best")["best"])
+    with pytest.raises(RunError, match="checkpoint of another model"):
+        train("other", *flags, *weights, "--model-kwargs", "embed_dim=32")
+    with pytest.raises(RunError, match="the head has 10 classes, but the data set 'folder' has 3"):
+        train("other", *flags, "--num-classes", "10")
+    assert not (tmp_path / "other").exists()
+
+
+def test_unreadable_images(train, load, pictures, tmp_path, capsys):
+    root = pictures()
+    flags = ("--dataset", "folder", "--data-dir", str(root), "--batch-size", "12", "--epochs", "3", "--in-chans", "1")
+    (root / "train" / "grey" / "1.png").write_bytes(b"no picture")
+    held_out = root / "val" / "grey" / "1.png"
+    picture = held_out.read_bytes()
+    held_out.write_bytes(picture[:50])
+    with pytest.raises(RunError, match=f"evaluation: cannot read {held_out}"):
+        train("run", *flags)
+    assert capsys.readouterr().err.count(f"skipped: cannot read {root}/train/grey/1.png") == 1
+    assert (load("run")["epoch"], load("run")["update"]) == (0, 2)  # the epoch is not lost
+    held_out.write_bytes(picture)
+    assert train("run", *flags) == 0
+    assert [row["unreadable_images"] for row in load("run")["history"]] == [1, 1, 1]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(summary["unreadable_images"]) == 1
+
+
+def test_any_timm_model(train, load):
+    model = ("--model", "test_vit", "--dataset", "digits", "--img-size", "32", "--workers", "0", "--epochs", "1")
+    assert train("run", *model, "--warmup-epochs", "0", "--batch-size", "240", "--in-chans", "1") == 0
+    assert load("run")["model"]["family"] is None
+    assert load("run")["data"]["input_size"] == [1, 32, 32]
+    with pytest.raises(RunError, match="model 'pola_vit_tini'"):
+        train("other", "--model", "pola_vit_tini", "--dataset", "digits")
