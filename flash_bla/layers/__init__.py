@@ -11,7 +11,7 @@ from flash_bla.layers.focused import FocusedLinearAttention
 from flash_bla.layers.linear import LinearAttention
 from flash_bla.layers.mamba_like import MambaLikeLinearAttention
 from flash_bla.layers.pola import PolaLinearAttention
-from flash_bla.layers.position import KeyPositionalEncoding, resample_entry
+from flash_bla.layers.position import KeyPositionalEncoding, resample_encoding, resample_entry
 from flash_bla.layers.rank_augmented import RankAugmentedLinearAttention
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.softmax import SoftmaxAttention
@@ -30,5 +30,6 @@ __all__ = [
     "check_attention_args",
     "create_attention",
     "register_attention",
+    "resample_encoding",
     "resample_entry",
 ]

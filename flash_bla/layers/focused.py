@@ -32,6 +32,9 @@ class FocusedLinearAttention(KeyPositionalEncoding):
         focusing_factor: p.
         kernel_size: Side of the depthwise convolution.
 
+    Raises:
+        ValueError: ``dim`` does not divide into such heads.
+
     Reference:
         Han et al., "FLatten Transformer: Vision Transformer using Focused Linear Attention", ICCV 2023.
     """

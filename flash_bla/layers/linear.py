@@ -21,6 +21,9 @@ class LinearAttention(nn.Module):
         qkv_bias: Whether the projection to q, k and v has a bias.
         proj_drop: Dropout after the output projection.
 
+    Raises:
+        ValueError: ``dim`` does not divide into such heads.
+
     Reference:
         Katharopoulos et al., "Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
         ICML 2020.

@@ -27,6 +27,9 @@ class MambaLikeLinearAttention(nn.Module):
         qkv_bias: Whether the projection to q and k has a bias.
         kernel_size: Side of the depthwise convolution.
 
+    Raises:
+        ValueError: ``dim`` does not divide into such heads.
+
     Reference:
         Han et al., "Demystify Mamba in Vision: A Linear Attention Perspective", NeurIPS 2024.
     """

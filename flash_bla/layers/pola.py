@@ -36,6 +36,9 @@ class PolaLinearAttention(KeyPositionalEncoding):
         alpha: α, so that the learned powers lie between 1 and 1 + α.
         kernel_size: Side of the depthwise convolution.
 
+    Raises:
+        ValueError: ``dim`` does not divide into such heads.
+
     Reference:
         Meng et al., "PolaFormer: Polarity-aware Linear Attention for Vision Transformers", ICLR 2025.
     """

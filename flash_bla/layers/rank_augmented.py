@@ -9,7 +9,7 @@ from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
-from flash_bla.ops import linear_attention
+from flash_bla.ops import FeatureMap, linear_attention
 
 
 @register_attention("rala")
@@ -32,6 +32,9 @@ class RankAugmentedLinearAttention(nn.Module):
         qkv_bias: Whether the projection to q, k, v and the gate has a bias.
         proj_drop: Dropout after the output projection.
         kernel_size: Side of the depthwise convolution.
+
+    Raises:
+        ValueError: ``dim`` does not divide into such heads.
 
     Reference:
         Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", CVPR 2025.
@@ -83,7 +86,8 @@ def key_weights(q: Tensor, k: Tensor) -> Tensor:
     Returns:
         ``(B, H, N)``, of mean 1.
     """
-    q, k = (F.elu(at_least_float32(x)) + 1 for x in (q, k))
+    phi = FeatureMap("elu1")
+    q, k = phi(at_least_float32(q)), phi(at_least_float32(k))
     # A product and a sum: autocast would compute a matrix product in half precision.
     scores = (q.mean(dim=2, keepdim=True) * k).sum(dim=-1)
     return k.shape[2] * F.softmax(scores * k.shape[3] ** -0.5, dim=-1)

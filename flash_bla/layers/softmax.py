@@ -22,6 +22,9 @@ class SoftmaxAttention(Attention):
         attn_drop: Dropout of the attention weights.
         proj_drop: Dropout after the output projection.
 
+    Raises:
+        ValueError: ``dim`` does not divide into such heads.
+
     Reference:
         Vaswani et al., "Attention Is All You Need", NeurIPS 2017.
     """

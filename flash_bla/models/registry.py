@@ -19,7 +19,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -68,7 +68,12 @@ class ModelConfig:
     pretrained: dict[str, dict[str, Any]]
     recipe: str | None
     train: dict[str, Any]
-    path: Path = field(compare=False)
+    path: Path
+
+    @property
+    def definition(self) -> tuple[Any, ...]:
+        """What tells it from other models: not its name, its training and where it was read."""
+        return self.family, self.args, self.pretrained
 
 
 _CONFIGS: dict[str, ModelConfig] = {}
@@ -132,19 +137,14 @@ def register_config(path: str | Path) -> str:
     """
     config = read_config(path)
     known = _CONFIGS.get(config.name)
-    if known is not None and (known.family, known.args, known.pretrained) != (
-        config.family,
-        config.args,
-        config.pretrained,
-    ):
-        raise ValueError(f"{path}: {known.path} defines another model {config.name!r}; choose a new name (key 'name')")
     if known is None:
         try:
             _family(config.family).model_cls(**config.args, device="meta")
-        except (AssertionError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: the model cannot be built: {error}") from error
         _register(config)
-    _CONFIGS[config.name] = config
+    elif config.definition != known.definition:
+        raise ValueError(f"{path}: {known.path} defines another model {config.name!r}; choose a new name (key 'name')")
     return config.name
 
 
@@ -154,7 +154,6 @@ def register_packaged_configs() -> None:
         config = read_config(path)
         if config.name not in _CONFIGS:
             _register(config)
-            _CONFIGS[config.name] = config
 
 
 def describe_model(name: str, **model_kwargs: Any) -> dict[str, Any]:
@@ -197,12 +196,13 @@ def build_model(description: dict[str, Any], **overrides: Any) -> nn.Module:
     """
     if not isinstance(description, dict) or not {"name", "family", "args"} <= description.keys():
         raise ValueError(f"a model's description has the keys name, family and args, got {description!r}")
-    name, family, args = description["name"], description["family"], {**description["args"], **overrides}
+    name, family = description["name"], description["family"]
+    args = {**copy.deepcopy(description["args"]), **overrides}
     if family is None:
         return timm.create_model(name, **args)
     if family not in FAMILIES:
         raise ValueError(f"{name}: no family is called {family!r}{did_you_mean(family, FAMILIES)}")
-    return _build(get_arch_name(name), family, args, pretrained_cfg=_pretrained_cfg(family, args))
+    return _build(get_arch_name(name), family, pretrained_cfg=_pretrained_cfg(family, args), **args)
 
 
 def _register(config: ModelConfig) -> None:
@@ -212,7 +212,7 @@ def _register(config: ModelConfig) -> None:
         raise ValueError(f"{config.path}: {config.name!r} exists already; choose a new name (key 'name')")
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _build(config.name, config.family, {**config.args, **kwargs}, pretrained)
+        return _build(config.name, config.family, pretrained, **{**copy.deepcopy(config.args), **kwargs})
 
     create.__name__ = create.__qualname__ = config.name
     create.__module__ = module.__name__
@@ -222,9 +222,10 @@ def _register(config: ModelConfig) -> None:
     vars(module).setdefault("default_cfgs", {}).update(generate_default_cfgs(tagged or {config.name: cfg}))
     setattr(module, config.name, create)
     register_model(create)
+    _CONFIGS[config.name] = config
 
 
-def _build(name: str, family_name: str, args: dict[str, Any], pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def _build(name: str, family_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     family = _family(family_name)
 
     def filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -239,7 +240,6 @@ def _build(name: str, family_name: str, args: dict[str, Any], pretrained: bool =
         pretrained_filter_fn=filter_fn,
         feature_cfg=dict(family.feature_cfg),  # timm writes into it
         **kwargs,
-        **copy.deepcopy(args),
     )
 
 

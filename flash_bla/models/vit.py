@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, calculate_drop_path_rates
 from timm.models import checkpoint
@@ -12,7 +13,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from flash_bla.layers import check_attention_args, create_attention, resample_entry
+from flash_bla.layers import check_attention_args, create_attention, resample_encoding, resample_entry
 from flash_bla.models.registry import Family
 
 __all__ = ["Block", "VisionTransformer"]
@@ -93,7 +94,8 @@ class VisionTransformer(TimmVisionTransformer):
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
 
     Raises:
-        ValueError: An unknown attention, a list of them that is not ``depth`` long, or an option of none of them.
+        ValueError: An unknown attention, a list of them that is not ``depth`` long, an option of none of them, heads
+            that do not divide the channels, or pooling of a class token that is not there.
 
     Reference:
         Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; Touvron et al., "Training data-efficient image
@@ -128,6 +130,8 @@ class VisionTransformer(TimmVisionTransformer):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        if global_pool == "token" and not class_token:
+            raise ValueError("global_pool='token' needs class_token=True")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -190,10 +194,16 @@ class VisionTransformer(TimmVisionTransformer):
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
         """Changes the input size (and patch size) that the position encodings belong to, and resamples them."""
+        pos_embed, old_size = self.pos_embed, self.patch_embed.grid_size
         super().set_input_size(img_size=img_size, patch_size=patch_size)
+        new_size = self.patch_embed.grid_size
+        if new_size == old_size:
+            return
+        pos_embed_data = resample_encoding(pos_embed.detach(), new_size, old_size, self._num_embedded_prefix_tokens)
+        self.pos_embed = nn.Parameter(pos_embed_data, requires_grad=pos_embed.requires_grad)
         for block in self.blocks:
             if hasattr(block.attn, "set_grid_size"):
-                block.attn.set_grid_size(self.patch_embed.grid_size)
+                block.attn.set_grid_size(new_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, in_chans, H, W)`` of any size to logits ``(B, num_classes)``."""
@@ -258,17 +268,47 @@ class VisionTransformer(TimmVisionTransformer):
             outputs = list(zip(outputs, prefixes, strict=True))
         return outputs if intermediates_only else (self.norm(x), outputs)
 
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] | tuple[int, ...] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """Outputs of the last n or of chosen blocks, under the name and with the arguments of DINO."""
+        return self.forward_intermediates(
+            x, n, return_prefix_tokens, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
+        )
+
+    @property
+    def _num_embedded_prefix_tokens(self) -> int:
+        """How many of the prefix tokens have a position embedding."""
+        return 0 if self.no_embed_class else self.num_prefix_tokens
+
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x = self.patch_embed(x)  # (B, H, W, C)
-        return self._pos_embed(x), (x.shape[1], x.shape[2])
+        grid = x.shape[1], x.shape[2]
+        pos_embed = resample_encoding(
+            self.pos_embed, grid, self.patch_embed.grid_size, self._num_embedded_prefix_tokens
+        )
+        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        x = x.flatten(1, 2)
+        if self.no_embed_class:
+            x = x + pos_embed
+        if prefix:
+            x = torch.cat([*prefix, x], dim=1)
+        if not self.no_embed_class:
+            x = x + pos_embed
+        return self.pos_drop(x), grid
 
     def _run(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
         return checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
 
 
 def _resample_on_load(module: VisionTransformer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    num_prefix_tokens = 0 if module.no_embed_class else module.num_prefix_tokens
-    resample_entry(state_dict, f"{prefix}pos_embed", module.patch_embed.grid_size, num_prefix_tokens)
+    grid_size, num_prefix_tokens = module.patch_embed.grid_size, module._num_embedded_prefix_tokens
+    resample_entry(state_dict, f"{prefix}pos_embed", grid_size, num_prefix_tokens)
 
 
 FAMILY = Family(

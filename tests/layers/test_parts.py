@@ -1,0 +1,117 @@
+"""The factory, the rotary tables, the depthwise convolution, the weights of RALA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import get_notrace_modules, resample_abs_pos_embed
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flash_bla.layers import (
+    DepthwiseConv,
+    attention_options,
+    axial_rope,
+    check_attention_args,
+    create_attention,
+    register_attention,
+    resample_encoding,
+)
+from flash_bla.layers.attention import _ATTENTIONS
+from flash_bla.layers.rank_augmented import key_weights
+
+
+def test_registered_attention_is_created_by_name(monkeypatch):
+    monkeypatch.setattr("flash_bla.layers.attention._ATTENTIONS", dict(_ATTENTIONS))
+
+    @register_attention("mean")
+    class MeanAttention(nn.Module):
+        def __init__(self, dim, num_heads=8, *, proj_drop=0.0, device=None, dtype=None):
+            super().__init__()
+            self.dim, self.proj_drop = dim, proj_drop
+
+        def forward(self, x, grid):
+            return x.mean(dim=1, keepdim=True).expand_as(x)
+
+    attention = create_attention("mean", 8, 2, offer={"proj_drop": 0.5, "grid_size": (2, 2)})
+    assert (attention.dim, attention.proj_drop) == (8, 0.5)
+    assert attention_options("mean") == {"proj_drop"}
+    assert MeanAttention in get_notrace_modules()
+    with pytest.raises(ValueError, match="'mean' exists already"):
+        register_attention("mean")(nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: create_attention("polaa", 32, 4), ValueError, "no attention is called 'polaa'; did you mean 'pola'"),
+        (lambda: create_attention("xyz", 32, 4), ValueError, "valid are focused, linear, mlla"),
+        (lambda: create_attention("linear", 32, 4, alpha=3), TypeError, "alpha"),
+        (lambda: create_attention("linear", 32, 5), ValueError, "dim=32 cannot be divided into 5 heads"),
+        (lambda: create_attention("softmax", 32, 5), ValueError, "dim=32 cannot be divided into 5 heads"),
+        (lambda: create_attention("pola", 9, 3), ValueError, "multiple of 2 channels"),
+        (lambda: create_attention("rala", 12, 2), ValueError, "multiple of 4 channels"),
+        (lambda: create_attention("mlla", 6, 1), ValueError, "multiple of 4, got 6"),
+        (lambda: check_attention_args(["pola", "softmax"], {"alpa": 1}), ValueError, "'alpa'; did you mean 'alpha'"),
+        (
+            lambda: create_attention("rala", 32, 4)(torch.zeros(1, 5, 32), (2, 3)),
+            ValueError,
+            "2x3 needs 6 tokens, got 5",
+        ),
+    ],
+)
+def test_errors_say_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(("old", "new", "prefix"), [((6, 6), (9, 13), 0), ((5, 9), (30, 3), 2), ((1, 1), (3, 2), 1)])
+def test_resampling_is_that_of_timm(old, new, prefix):
+    encoding = torch.randn(1, prefix + old[0] * old[1], 8, dtype=torch.float32)
+    expected = resample_abs_pos_embed(encoding, new, old, prefix)
+    torch.testing.assert_close(resample_encoding(encoding, new, old, prefix), expected, rtol=1e-5, atol=2e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(resample_encoding(encoding, new, old, prefix), expected, rtol=1e-5, atol=2e-6)
+    assert resample_encoding(encoding.bfloat16(), new, old, prefix).dtype == torch.bfloat16
+
+
+def test_rotary_tables_are_float32_and_kept():
+    x = torch.zeros(1, 2 + 12, 16)
+    cos, sin = axial_rope(x, (3, 4), 16, num_heads=2)
+    assert cos.shape == sin.shape == (2, 14, 4) and cos.dtype == sin.dtype == torch.float32
+    assert (cos[:, :2] == 1).all() and (sin[:, :2] == 0).all()
+    assert axial_rope(x.double(), (3, 4), 16, num_heads=2)[0] is cos
+    assert axial_rope(x, (4, 3), 16, num_heads=2)[0] is not cos
+    assert axial_rope(x.to("meta"), (3, 4), 16, num_heads=2)[0].device.type == "meta"
+    torch.testing.assert_close(cos.square() + sin.square(), torch.ones_like(cos))
+
+
+def test_rotary_tables_serve_training_after_inference_and_tracing():
+    x, grid = torch.randn(1, 35, 16), (5, 7)
+    with torch.inference_mode():
+        axial_rope(x, grid, 16)
+    with FakeTensorMode():
+        assert axial_rope(torch.zeros(1, 35, 16), grid, 16)[0].shape == (1, 35, 8)
+    cos, _ = axial_rope(x, grid, 16)
+    assert type(cos) is torch.Tensor and not cos.is_inference()
+
+
+def test_depthwise_conv_shares_filters_between_heads_and_skips_prefix_tokens():
+    conv = DepthwiseConv(4, 3).double()
+    x, grid = torch.randn(2, 1 + 15, 12, dtype=torch.float64), (3, 5)
+    out = conv(x, grid)
+    image = x[:, 1:].transpose(1, 2).reshape(2, 12, 3, 5)
+    by_head = torch.cat([nn.Conv2d.forward(conv, head) for head in image.split(4, dim=1)], dim=1)
+    torch.testing.assert_close(out[:, 1:], by_head.flatten(2).transpose(1, 2))
+    assert out[:, 0].abs().max() == 0
+
+
+def test_key_weights_are_float32_under_autocast_and_finite_in_float16():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 500, 16)
+    expected = key_weights(q.double(), k.double())
+    torch.testing.assert_close(expected.mean(dim=-1), torch.ones(1, 2, dtype=torch.float64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = key_weights(q, k)
+    torch.testing.assert_close(weights, expected.float())
+    assert key_weights(q.half() * 30, k.half() * 30).isfinite().all()
