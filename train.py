@@ -22,7 +22,6 @@ import sys
 import time
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
@@ -154,13 +153,13 @@ def train(config: TrainConfig, processes: Processes) -> int:
     schedule.step_update(epoch * updates + update)
 
     log = RunLog(config.output, history, epoch * updates + update, enabled=processes.first)
-    total, trained = (sum(p.numel() for p in group) / 1e6 for group in (model.parameters(), parameters))
+    total, trained = (sum(p.numel() for p in group) for group in (model.parameters(), parameters))
+    passes = f"{config.batch_size} in a pass x {config.grad_accum} passes x {processes.count} processes"
     facts = {
-        "model": f"{config.model}, {total:.2f} M parameters, {trained:.2f} M to train",
+        "model": f"{config.model}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M to train",
         "data": f"{config.dataset}, {len(train_set)} images, {len(val_set)} held out, {num_classes} classes",
         "input": data,
-        "update": f"{order.total_batch} images: {config.batch_size} in a pass x {config.grad_accum} passes x "
-        f"{processes.count} processes; {updates} updates an epoch",
+        "update": f"{order.total_batch} images ({passes}), {updates} updates an epoch",
         "rates": rates,
         "weights": "; ".join(notes) or config.weights or ("pretrained" if config.pretrained else "random"),
         "output": config.output + (f", goes on from epoch {epoch}, update {update}" if state else ""),
@@ -168,7 +167,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
     log.start(facts, settings | {"rates": rates})
 
     # Training.
-    train_model = model
+    train_model, eval_model = model, ema.module if ema else model
     if processes.count > 1:
         train_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if config.compile:
@@ -177,8 +176,9 @@ def train(config: TrainConfig, processes: Processes) -> int:
     order.start = (epoch, update)
     batches = iter(train_loader(config, train_set, data, order, device)) if epoch < epochs else None
     val_batches = eval_loader(config, val_set, data, processes)
-    bar = tqdm(total=epochs * updates, initial=epoch * updates + update, unit="update", dynamic_ncols=True,
-               disable=None if processes.first else True)  # fmt: skip
+    done = epoch * updates + update
+    quiet = None if processes.first else True  # None: unless it goes to a terminal
+    bar = tqdm(total=epochs * updates, initial=done, unit="update", dynamic_ncols=True, disable=quiet)
     stop = StopRequest(processes)
     saved, save_time = True, time.time()
     try:
@@ -221,8 +221,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
                 scaler.update(None if config.precision == "fp16" else 1.0)
                 optimizer.zero_grad()
                 meter.update(loss, grad_norm)
-                update += 1
-                done = epoch * updates + update
+                update, done = update + 1, done + 1
                 if ema:
                     ema.update(model, step=done)
                 schedule.step_update(done)
@@ -245,17 +244,10 @@ def train(config: TrainConfig, processes: Processes) -> int:
             # The end of an epoch: evaluation, logs, checkpoints.
             _, train_loss, skipped = meter.read()
             speed = (update - epoch_start) * order.total_batch / (time.time() - epoch_clock)
-            row = {
-                "epoch": epoch + 1,
-                "updates": (epoch + 1) * updates,
-                "lr": learning_rate(),
-                "train_loss": train_loss,
-            }
+            row = {"epoch": epoch + 1, "updates": done, "lr": learning_rate(), "train_loss": train_loss}
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs:
                 try:
-                    figures = evaluate(
-                        ema.module if ema else model, val_batches, to_device, processes, config.precision
-                    )
+                    figures = evaluate(eval_model, val_batches, to_device, processes, config.precision)
                 except RunError:
                     folder.save_last(snapshot())  # a picture that cannot be read costs an evaluation, not an epoch
                     raise
@@ -277,13 +269,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
 
     if not saved:
         raise RunError(f"the run is complete, but its end could not be saved in {config.output}")
-    summary = {"model": config.model, "parameters": sum(p.numel() for p in model.parameters()), "rates": rates}
-    summary |= {key: settings[key] for key in ("dataset", "train_images", "val_images", "total_batch", "precision")}
-    summary |= {"processes": processes.count, "torch": torch.__version__, "timm": timm.__version__}
-    summary["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    summary["skipped_updates"] = sum(row["skipped_updates"] for row in history)
-    summary["unreadable_images"] = sorted(unreadable)
-    log.finish(summary, folder.best)
+    log.finish(settings, processes, folder.best, parameters=total, unreadable_images=sorted(unreadable))
     return 0
 
 

@@ -185,7 +185,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         raise RunError(str(error)) from error
     config = TrainConfig(**(values | given))
     if config.output is None:
-        config.output = f"runs/{config.model}-{config.dataset.replace('/', '-')}"
+        config.output = "runs/" + f"{config.model}-{config.dataset}".replace("/", "-")
     return _check_train(config)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import Mixup, create_dataset, create_transform
+from timm.data import Mixup, auto_augment, create_dataset, create_transform
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
@@ -31,6 +31,16 @@ PREFETCHED_BATCHES = 4  # by each loader process
 REPLACEMENTS = 10  # images tried, one after the other, before a training run gives up on unreadable ones
 
 Item = tuple[torch.Tensor, int, list[str]]  # image, class, and what could not be read on the way to it
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    # timm's policies come down to 0 bits at their strongest. That gave a black image, until Pillow 13 refused it.
+    return auto_augment.posterize(image, bits, **options) if bits > 0 else image.point(lambda value: 0)
+
+
+for _name, _op in auto_augment.NAME_TO_OP.items():
+    if _op is auto_augment.posterize:
+        auto_augment.NAME_TO_OP[_name] = _posterize
 
 
 class Digits(Dataset):
@@ -87,7 +97,7 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
             name, root=config.data_dir, split=split, class_map=class_map, is_training=training,
             download=config.download, **(reading if name.startswith(("tfds/", "wds/", "hfids/")) else {}),
         )  # fmt: skip
-    except (RuntimeError, AssertionError, ImportError, OSError) as error:
+    except (RuntimeError, AssertionError, ImportError, OSError, ValueError) as error:
         raise RunError(f"the data set {config.dataset!r} in {config.data_dir} cannot be read: {error}") from error
     if not name and os.path.isdir(config.data_dir):
         _check_folder(config.data_dir, dataset.reader.root, split, class_names)

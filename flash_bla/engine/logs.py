@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from matplotlib.figure import Figure
@@ -92,11 +93,11 @@ class RunLog:
         self.folder, self.history, self.enabled = Path(folder), history, enabled
         self._board: SummaryWriter | None = None
         if enabled:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._try(lambda: self._open_board(update))
-
-    def _open_board(self, update: int) -> None:
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=update + 1)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=update + 1)
+            except OSError as error:
+                raise RunError(f"output: cannot write to {folder}: {error}") from error
 
     def _try(self, write: Callable[[], Any]) -> None:
         try:
@@ -143,16 +144,28 @@ class RunLog:
         self.scalars(row["updates"], **{f"epoch/{key}": value for key, value in row.items()})
         self._try(lambda: write_atomically(self.folder / "log.csv", csv_text(self.history).encode()))
 
-    def finish(self, summary: dict[str, Any], best_checkpoint: Path) -> None:
+    def finish(self, settings: dict[str, Any], processes: Processes, best_checkpoint: Path, **more: Any) -> None:
         """Writes the curve and the summary, and says how the run ended."""
         if not self.enabled:
             return
         best = max((row for row in self.history if "top1" in row), key=lambda row: row["top1"])
-        summary = summary | {"best": best, "last": self.history[-1], "best_checkpoint": str(best_checkpoint)}
+        cuda = processes.device.type == "cuda"
+        summary = {
+            "best": best,
+            "last": self.history[-1],
+            "best_checkpoint": str(best_checkpoint),
+            "skipped_updates": sum(row["skipped_updates"] for row in self.history),
+            **more,
+            "device": torch.cuda.get_device_name(processes.device) if cuda else "cpu",
+            "processes": processes.count,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "settings": settings,
+        }
         self.say(f"best     top1 {best['top1']:.2f}, top5 {best['top5']:.2f} after epoch {best['epoch']}")
         self.say(f"saved    {best_checkpoint}")
         self.say(f"curve    {self.folder / 'curve.png'}")
-        self._try(lambda: write_atomically(self.folder / "curve.png", draw_curve(self.history, summary["model"])))
+        self._try(lambda: write_atomically(self.folder / "curve.png", draw_curve(self.history, settings["model"])))
         self._try(lambda: write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2).encode()))
 
     def close(self) -> None:

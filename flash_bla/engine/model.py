@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -25,17 +27,11 @@ def create_model(config: CommonConfig, num_classes: int | None, **arguments: Any
     Raises:
         RunError: There is no such model, or it does not take the arguments.
     """
-    arguments |= {"num_classes": num_classes, "in_chans": config.in_chans} | _image_size(config)
+    arguments |= {"num_classes": num_classes, "in_chans": config.in_chans}
     arguments = {key: value for key, value in arguments.items() if value is not None} | config.model_kwargs
+    create = partial(timm.create_model, config.model, pretrained=config.pretrained)
     try:
-        try:
-            model = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
-        except TypeError as error:
-            # Convolutional families of timm take any size and have no argument for it.
-            if "img_size" not in str(error) or "img_size" in config.model_kwargs:
-                raise
-            del arguments["img_size"]
-            model = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
+        model, arguments = _sized(create, config.img_size, arguments)
         return model, describe_model(config.model, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"model {config.model!r}: {error}") from error
@@ -47,15 +43,21 @@ def rebuild_model(config: CommonConfig, description: dict[str, Any]) -> nn.Modul
     Raises:
         RunError: The description does not fit this version of the package.
     """
-    size = _image_size(config) if "img_size" in description["args"] or description["family"] else {}
     try:
-        return build_model(description, **size, **config.model_kwargs)
+        return _sized(partial(build_model, description), config.img_size, config.model_kwargs)[0]
     except (RuntimeError, TypeError, ValueError) as error:
-        raise RunError(f"the checkpoint's model {description.get('name')!r} cannot be rebuilt: {error}") from error
+        raise RunError(f"the checkpoint's model cannot be rebuilt: {error}") from error
 
 
-def _image_size(config: CommonConfig) -> dict[str, Any]:
-    if config.img_size is None:
-        return {}
-    height, width = config.img_size[0], config.img_size[-1]
-    return {"img_size": height if height == width else (height, width)}
+def _sized(
+    build: Callable[..., nn.Module], size: list[int] | None, arguments: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Builds a model for an image size, and returns the arguments that it took."""
+    if size is not None and "img_size" not in arguments:
+        sized = arguments | {"img_size": size[0] if len(set(size)) == 1 else tuple(size)}
+        try:
+            return build(**sized), sized
+        except TypeError as error:  # convolutional families of timm take any size and have no argument for it
+            if "img_size" not in str(error):
+                raise
+    return build(**arguments), arguments

@@ -88,7 +88,8 @@ def seed_host(seed: int) -> None:
 class StopRequest:
     """A wish to stop, by SIGTERM or Ctrl-C, on which all processes agree.
 
-    The first signal asks; after it the signals are Python's own again, so that a second Ctrl-C interrupts at once.
+    The first signal asks. A second Ctrl-C interrupts at once; more SIGTERMs change nothing, because a process can well
+    get one from its group and one from torchrun.
     """
 
     def __init__(self, processes: Processes):
@@ -101,16 +102,12 @@ class StopRequest:
 
     def _receive(self, signum: int, frame: Any) -> None:
         self.received = True
-        self.restore()
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
     def close(self) -> None:
-        """Waits for the answer under way and gives the signals back."""
+        """Waits for the answer under way and gives the signals back to who had them before."""
         if self._pending is not None:
             self._pending[0].wait()
-        self.restore()
-
-    def restore(self) -> None:
-        """Gives the signals back to who had them before."""
         for sig, handler in self._before.items():
             signal.signal(sig, handler)
 

@@ -6,7 +6,16 @@ from dataclasses import fields
 
 import pytest
 
-from flash_bla.engine.config import EvalConfig, RunError, TrainConfig, differences, parse_eval, parse_train
+from flash_bla.configs import FOLDER, load_yaml
+from flash_bla.engine.config import (
+    EvalConfig,
+    RunError,
+    TrainConfig,
+    check_settings,
+    differences,
+    parse_eval,
+    parse_train,
+)
 
 
 @pytest.mark.parametrize(("kind", "parse"), [(TrainConfig, parse_train), (EvalConfig, parse_eval)])
@@ -48,6 +57,13 @@ def test_packaged_model_brings_its_recipe():
     assert (config.epochs, config.aa, config.repeated_aug) == (300, "rand-m9-mstd0.5-inc1", 3)
     assert (config.mixup, config.drop_path) == (0.0, None)
     assert parse_train(["--model", "resnet18"]).epochs == TrainConfig().epochs
+
+
+def test_the_packaged_examples_and_recipes_are_valid():
+    for path in (FOLDER / "examples").glob("*.yaml"):
+        assert parse_train(["--config", str(path)]).model == path.stem
+    for path in (FOLDER / "recipes").glob("*.yaml"):
+        assert check_settings(TrainConfig, load_yaml(path), str(path))
 
 
 def test_model_arguments_are_read_as_yaml():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import IterableImageDataset, create_transform
+from timm.data.auto_augment import AugmentOp
 
 from flash_bla.engine.config import EvalConfig, RunError, TrainConfig
 from flash_bla.engine.data import (
@@ -104,6 +105,12 @@ def test_the_stream_does_not_depend_on_the_loader_processes(data):
         assert torch.equal(images, others) and torch.equal(targets, other_targets)
     # ... nor on what was drawn before: the second batch is the same where a run is taken up with it.
     assert torch.equal(batches(config, data, start=(0, 1), count=1)[0][0], alone[1][0])
+
+
+def test_the_strongest_posterization_is_black():
+    posterize = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=10)
+    assert posterize(Image.new("RGB", (4, 4), (255, 90, 10))).getextrema() == ((0, 0),) * 3
+    assert posterize(Image.new("L", (4, 4), 255)).getextrema() == (0, 0)
 
 
 def test_epochs_and_copies_are_augmented_differently():
