@@ -6,7 +6,8 @@ Importing the package registers its models with timm:
     model = timm.create_model("pola_vit_small")
 """
 
+from flash_bla.models import register_config
 from flash_bla.ops import decoupled_la, linear_attention, simple_la, varlen_linear_attention
 
 __version__ = "0.1.0"
-__all__ = ["decoupled_la", "linear_attention", "simple_la", "varlen_linear_attention"]
+__all__ = ["decoupled_la", "linear_attention", "register_config", "simple_la", "varlen_linear_attention"]

@@ -39,8 +39,7 @@ def resample_encoding(
     prefix, spatial = encoding[:, :num_prefix_tokens], encoding[:, num_prefix_tokens:]
     spatial = at_least_float32(spatial).unflatten(1, old_size)
     rows, columns = (_resampling_matrix(old, new, spatial) for old, new in zip(old_size, new_size, strict=True))
-    device = encoding.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with nullcontext() if encoding.is_meta else torch.autocast(encoding.device.type, enabled=False):
         spatial = torch.einsum("yh,bhwc,xw->byxc", rows, spatial, columns)
     return torch.cat([prefix, spatial.flatten(1, 2).to(encoding.dtype)], dim=1)
 

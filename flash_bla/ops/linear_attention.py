@@ -224,8 +224,8 @@ def _choose_backend(backend: str | None, q: Tensor) -> str:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in autocast's type, where it is on."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
-        return tensors
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
+        return tensors  # meta tensors know no autocast
     dtype = torch.get_autocast_dtype(first.device.type)
     return tuple(x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in tensors)
 

@@ -5,6 +5,8 @@ It is also what runs where Triton cannot. Sums, features and denominators are fl
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def linear_attention_reference(
 
     out_dtype = v.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         weight = None if key_weight is None else key_weight.to(dtype).unsqueeze(-1)
         if feature_map.signed:
