@@ -12,6 +12,7 @@ from timm.layers import register_notrace_function, to_2tuple
 from torch import Tensor, nn
 
 from flash_bla.layers.tokens import at_least_float32, count_prefix_tokens
+from flash_bla.tracing import is_exporting
 
 
 @register_notrace_function
@@ -34,7 +35,7 @@ def resample_encoding(
         ``(1, prefix + new H · new W, C)``.
     """
     # A program that is exported for any size must not depend on whether the example's is the encoding's own.
-    if not torch.compiler.is_exporting() and tuple(new_size) == tuple(old_size):
+    if not is_exporting() and tuple(new_size) == tuple(old_size):
         return encoding
     prefix, spatial = encoding[:, :num_prefix_tokens], encoding[:, num_prefix_tokens:]
     spatial = at_least_float32(spatial).unflatten(1, old_size)

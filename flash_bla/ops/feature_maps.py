@@ -197,18 +197,24 @@ def _signed_power(x, parameter, exponent):
 
 
 @jit
+def _log2_magnitude(x):
+    # The same expression for x and -x, so that the compiler takes one logarithm for both signs.
+    return tl.log2(tl.where(x == 0.0, 1.0, tl.abs(x)))
+
+
+@jit
 def _signed_power_triton(x, a, P: tl.constexpr):
-    return tl.where(x > 0.0, tl.exp2(a * tl.log2(tl.where(x > 0.0, x, 1.0))), 0.0)
+    return tl.where(x > 0.0, tl.exp2(a * _log2_magnitude(x)), 0.0)
 
 
 @jit
 def _signed_power_dx(x, a, P: tl.constexpr):
-    return tl.where(x > 0.0, a * tl.exp2((a - 1.0) * tl.log2(tl.where(x > 0.0, x, 1.0))), 0.0)
+    return tl.where(x > 0.0, a * tl.exp2((a - 1.0) * _log2_magnitude(x)), 0.0)
 
 
 @jit
 def _signed_power_da(x, a, P: tl.constexpr):
-    log2 = tl.log2(tl.where(x > 0.0, x, 1.0))
+    log2 = _log2_magnitude(x)
     return tl.where(x > 0.0, 0.6931471805599453 * log2 * tl.exp2(a * log2), 0.0)
 
 

@@ -11,6 +11,7 @@ from flash_bla.ops import triton_linear_attention
 from flash_bla.ops.feature_maps import FeatureMap, focusing_norm_ratio, resolve_feature_map
 from flash_bla.ops.reference import linear_attention_reference
 from flash_bla.ops.triton_support import HAS_TRITON, INTERPRETING
+from flash_bla.tracing import is_exporting
 
 BACKENDS = ("reference", "triton")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -205,7 +206,7 @@ def _choose_backend(backend: str | None, q: Tensor) -> str:
     backend = backend or os.environ.get("FLASH_BLA_BACKEND") or None
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "reference"  # an exported program must run where this package is not installed
     if backend is None:
         return "triton" if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 else "reference"

@@ -140,10 +140,36 @@ def test_opcheck(name):
     )  # fmt: skip
 
 
-def test_compiles_without_graph_breaks():
+def test_compiled_graph_holds_the_operator():
+    """Without a graph break, and not the reference's many small operations."""
+    targets = []
+
+    def record(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    q = torch.randn(1, 2, 20, 16, device=DEVICE)
+    torch.compile(linear_attention, fullgraph=True, backend=record)(q, q, q, feature_map="elu1", backend="triton")
+    assert any("linear_attention_forward" in target for target in targets)
+
+
+def test_compiled_gradients():
     variant = VARIANTS["focusing_power"]
     inputs = make_inputs((1, 2, 20, 20, 16, 16), variant, torch.float32)
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(linear_attention, fullgraph=True, backend=backend)
     eager = forward_backward(linear_attention, variant, inputs, backend="triton")
     assert_close(forward_backward(compiled, variant, inputs, backend="triton"), eager, 1e-5)
+
+
+def test_export_takes_the_reference():
+    """An exported program must run where this package is not installed."""
+
+    class Module(torch.nn.Module):
+        def forward(self, q):
+            return linear_attention(q, q, q, feature_map="elu1")
+
+    q = torch.randn(1, 2, 20, 16, device=DEVICE)
+    program = torch.export.export(Module(), (q,))
+    assert not any("flash_bla" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(q), linear_attention(q, q, q, feature_map="elu1", backend="reference"))
