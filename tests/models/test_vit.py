@@ -256,11 +256,12 @@ def test_devices_and_types(name):
         torch.testing.assert_close(model(x).float(), expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["pola_vit_tiny", "rala_vit_tiny"])  # learned and rotary encodings
 def test_compile_trains_at_every_size(name):
     torch._dynamo.reset()
     model = create(name, depth=1, class_token=True)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # Inductor without its code generation.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
     for size in [(32, 32), (20, 64), (40, 40)]:
         x = images(*size)
         gradients = []
