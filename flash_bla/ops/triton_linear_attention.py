@@ -22,19 +22,20 @@ sees the queries with the opposite sign ("STREAMS"). With every other map both a
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
-from flash_bla.ops.triton_support import INTERPRETING, jit, tl, triton
+from flash_bla.ops.triton_support import INTERPRETING, jit, tl
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 # Lengths and counts are never specialised: a new sequence length compiles nothing. A program loops over the blocks of
 # rows of one split of one sequence and head. Strides come as tuples in the order (batch, head, row, column).
 
-NOT_SPECIALIZED = ["length", "heads"]
+NOT_SPECIALIZED = ["length", "heads", "splits"]
 
 
 @jit
@@ -205,7 +206,7 @@ def _add_splits(state_ptr, z_ptr, at, stride, splits, d, c, mask, D: tl.constexp
     return state, z
 
 
-@jit(do_not_specialize=["splits"])
+@jit(do_not_specialize=NOT_SPECIALIZED)
 def _reduce_kernel(
     partial_state_ptr, partial_z_ptr, state_ptr, z_ptr, mean_ptr, splits,
     D: tl.constexpr, DV: tl.constexpr, SIGNED: tl.constexpr, CENTER: tl.constexpr,
@@ -547,7 +548,36 @@ def _launch(kernel, problem: _Problem, queries: bool, tensors: dict, *, splits: 
         NORMALIZE=p.normalize, VARLEN=p.cu_seqlens is not None, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
         **_precision(x.dtype, hip=torch.version.hip is not None), **tensors, **options,
     )  # fmt: skip
-    kernel[grid](**arguments, num_warps=4 if block_d <= 64 else 8, num_stages=1)
+    _call(kernel, grid, arguments, num_warps=4 if block_d <= 64 else 8)
+
+
+_COMPILED: dict[tuple, object] = {}
+
+
+def _call(kernel, grid: tuple[int, int, int], arguments: dict, num_warps: int = 4) -> None:
+    """``kernel[grid](**arguments)``, without Triton's search for the compiled kernel where the same call came before.
+
+    What Triton specialises on stands in the key: types, strides, whether pointers are multiples of 16, constants.
+    """
+    values = [arguments[name] for name in kernel.arg_names]
+    if INTERPRETING:
+        kernel[grid](*values)
+        return
+    device = arguments["state_ptr"].device
+    key = (
+        kernel,
+        device,
+        *((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x
+          for name, x in zip(kernel.arg_names, values, strict=True) if name not in NOT_SPECIALIZED),
+    )  # fmt: skip
+    with torch.cuda.device(device):  # Triton launches on the current device
+        compiled = _COMPILED.get(key)
+        if compiled is not None:
+            compiled[grid](*values)
+            return
+        if len(_COMPILED) > 4096:  # strides change with the length: images of ever new sizes must not fill the memory
+            _COMPILED.clear()
+        _COMPILED[key] = kernel[grid](*values, num_warps=num_warps, num_stages=1)
 
 
 def _rope_strides(table: Tensor | None) -> tuple[int, int, int]:
@@ -557,10 +587,10 @@ def _rope_strides(table: Tensor | None) -> tuple[int, int, int]:
 
 
 def _blocks(D: int, D_v: int, streams: int, itemsize: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_D, BLOCK_DV. All of D is one block; D_v splits so that the accumulators stay in registers."""
-    block_d = max(16, triton.next_power_of_2(D))
-    block_dv = max(16, min(triton.next_power_of_2(D_v), 8192 // (block_d * streams)))
-    block_n = max(16, min(64, 8192 // (block_d * itemsize)))
+    """BLOCK_N, BLOCK_D, BLOCK_DV. All of D is one block; rows and D_v split so that a program's tiles fit registers."""
+    block_d = max(16, 1 << (D - 1).bit_length())
+    block_dv = max(16, min(1 << (D_v - 1).bit_length(), 8192 // (block_d * streams)))
+    block_n = max(16, min(64, 4096 // (block_d * itemsize)))
     return block_n, block_d, block_dv
 
 
@@ -573,16 +603,24 @@ def _precision(dtype: torch.dtype, hip: bool) -> dict:
 def _splits(problem: _Problem, x: Tensor, programs: int) -> int:
     """Into how many parts to cut the sequences so that all multiprocessors have work."""
     length = x.shape[2] if problem.cu_seqlens is None else problem.max_seqlen
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    wanted = triton.cdiv(4 * processors, max(programs, 1))
-    return max(1, min(wanted, triton.cdiv(length, 64), 65535))
+    wanted = _cdiv(4 * _multiprocessors(x.device), max(programs, 1))
+    return max(1, min(wanted, _cdiv(length, 64), 65535))
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _state(problem: _Problem, queries: bool, y: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     p = problem
     x = p.q if queries else p.k
     D_v = p.v.shape[3] // p.streams
-    tiles = triton.cdiv(D_v, _blocks(x.shape[3], D_v, p.streams, x.element_size())[2])
+    tiles = _cdiv(D_v, _blocks(x.shape[3], D_v, p.streams, x.element_size())[2])
     splits = _splits(p, x, p.sequences * x.shape[1] * p.streams * tiles)
     state, z, mean = p.empty_state(splits)
     tensors = dict(
@@ -599,10 +637,11 @@ def _state(problem: _Problem, queries: bool, y: Tensor, rows: Tensor | None = No
     D = x.shape[3]
     _, block_d, block_dv = _blocks(D, D_v, p.streams, x.element_size())
     if mean.numel() > 0:
-        _reduce_kernel[(mean.numel() // D_v, tiles)](
-            state, z, whole_state, whole_z, mean, splits, D=D, DV=D_v, SIGNED=p.streams == 2, CENTER=center,
-            BLOCK_D=block_d, BLOCK_DV=block_dv,
+        arguments = dict(
+            partial_state_ptr=state, partial_z_ptr=z, state_ptr=whole_state, z_ptr=whole_z, mean_ptr=mean,
+            splits=splits, D=D, DV=D_v, SIGNED=p.streams == 2, CENTER=center, BLOCK_D=block_d, BLOCK_DV=block_dv,
         )  # fmt: skip
+        _call(_reduce_kernel, (mean.numel() // D_v, tiles, 1), arguments)
     return whole_state[0], whole_z[0], mean
 
 
