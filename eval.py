@@ -117,7 +117,7 @@ def classify_images(config: EvalConfig, processes: Processes) -> dict[str, list[
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Settings, processes, evaluation."""
     config = parse_eval(argv)
-    processes = start_processes(config.device)
+    processes = start_processes(config.device, config.threads)
     try:
         return (classify_images if config.image else evaluate_dataset)(config, processes)
     finally:

@@ -276,7 +276,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Settings, processes, training."""
     config = parse_train(argv)
-    processes = start_processes(config.device)
+    processes = start_processes(config.device, config.threads)
     try:
         return train(config, processes)
     finally:

@@ -62,7 +62,12 @@ class CommonConfig:
     data_dir: str | None = setting("data", None, "root folder of the data set", free=True)
     val_split: str = setting("data", "validation", "name of the split to evaluate on")
     download: bool = setting("data", False, "let the data set be downloaded, where its reader can", free=True)
-    workers: int = setting("data", 4, "data loading processes for each process", free=True)
+    workers: int | None = setting(
+        "data",
+        None,
+        "data loading processes of a process; none: one for each of its CPU cores, up to 16",
+        free=True,
+    )
     mean: list[float] | None = setting("data", None, "mean of each channel; none: the model's own")
     std: list[float] | None = setting("data", None, "standard deviation of each channel; none: the model's own")
     interpolation: str | None = setting("data", None, "bilinear, bicubic, ...; none: the model's own")
@@ -74,6 +79,9 @@ class CommonConfig:
     batch_size: int = setting("run", 128, "images in one forward pass of one process", free=True)
     precision: Literal["fp32", "bf16", "fp16"] = setting("run", "fp32", "arithmetic of the forward pass")
     device: str | None = setting("run", None, "cuda, cpu, ...; none: the GPU where there is one", free=True)
+    threads: int | None = setting(
+        "run", None, "CPU threads of PyTorch, whose number can change the last bits; none: its own choice", free=True
+    )
 
 
 @dataclass
@@ -228,10 +236,10 @@ def as_dict(config: CommonConfig) -> dict[str, Any]:
 def _check_common(config: Config) -> Config:
     if config.img_size is not None and len(config.img_size) not in (1, 2):
         raise RunError(f"img_size: one number or height and width, got {config.img_size}")
-    for name in ("batch_size", "in_chans", "num_classes"):
+    for name in ("batch_size", "in_chans", "num_classes", "threads"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise RunError(f"{name}: must be at least 1, got {getattr(config, name)}")
-    if config.workers < 0:
+    if config.workers is not None and config.workers < 0:
         raise RunError(f"workers: must be at least 0, got {config.workers}")
     return config
 

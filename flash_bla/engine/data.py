@@ -356,15 +356,18 @@ def eval_loader(config: CommonConfig, dataset: Any, data: dict[str, Any], proces
     if isinstance(dataset, IterableDataset):
         return DataLoader(Stream(dataset, transform, data["mode"]), **options)
     share = range(processes.rank, len(dataset), processes.count)
-    return DataLoader(
-        EvalImages(dataset, transform, data["mode"]), sampler=share, persistent_workers=config.workers > 0, **options
-    )
+    options["persistent_workers"] = options["num_workers"] > 0
+    return DataLoader(EvalImages(dataset, transform, data["mode"]), sampler=share, **options)
 
 
 def _loader_options(config: CommonConfig, device: torch.device) -> dict[str, Any]:
-    options = {"num_workers": config.workers, "collate_fn": _collate, "worker_init_fn": _start_worker}
+    workers = config.workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    options = {"num_workers": workers, "collate_fn": _collate, "worker_init_fn": _start_worker}
     options["pin_memory"] = device.type == "cuda"  # what lets a copy to the GPU run beside the host
-    return options | ({"prefetch_factor": PREFETCHED_BATCHES} if config.workers else {})
+    return options | ({"prefetch_factor": PREFETCHED_BATCHES} if workers else {})
 
 
 def _collate(items: list[Item]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

@@ -54,12 +54,13 @@ class Processes:
             dist.destroy_process_group()
 
 
-def start_processes(device: str | None = None) -> Processes:
+def start_processes(device: str | None = None, threads: int | None = None) -> Processes:
     """Joins the process group where torchrun (or Slurm) started several processes, and takes this process's device.
 
     Args:
         device: Its kind (`cuda`, `cpu`, ...); None takes the GPU where there is one. The backend follows: nccl on CUDA,
             gloo on the CPU.
+        threads: CPU threads of PyTorch; None leaves the choice to it.
 
     Raises:
         RunError: There is no such device.
@@ -67,6 +68,8 @@ def start_processes(device: str | None = None) -> Processes:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise RunError(f"device: {device} was asked for, but this PyTorch sees no CUDA device")
+    if threads is not None:
+        torch.set_num_threads(threads)
     info = init_distributed_device_so(device)
     return Processes(torch.device(info["device"]), info["global_rank"], info["world_size"])
 
