@@ -260,7 +260,8 @@ def train(config: TrainConfig, processes: Processes) -> int:
             if row.get("top1", -1.0) > best:
                 best = row["top1"]
                 folder.save_best(snapshot())
-            saved, save_time = folder.save_last(snapshot()), time.time()
+            if epoch % config.save_epochs == 0 or epoch == epochs:
+                saved, save_time = folder.save_last(snapshot()), time.time()
     finally:
         batches = val_batches = None  # ends the loader processes
         bar.close()

@@ -141,6 +141,7 @@ class TrainConfig(CommonConfig):
     seed: int = setting("run", 0, "seed of weights, data order and augmentation")
     eval_every: int = setting("run", 1, "evaluate after every so many epochs, and after the last", free=True)
     log_every: int = setting("run", 50, "updates between two log entries", free=True)
+    save_epochs: int = setting("run", 1, "epochs between two checkpoints", free=True)
     save_minutes: float = setting("run", 10.0, "minutes between two checkpoints within an epoch; 0: none", free=True)
     save_updates: int = setting("run", 0, "updates between two checkpoints within an epoch; 0: none", free=True)
 
@@ -246,7 +247,7 @@ def _check_common(config: Config) -> Config:
 
 def _check_train(config: TrainConfig) -> TrainConfig:
     _check_common(config)
-    for name in ("epochs", "grad_accum", "repeated_aug", "eval_every", "log_every", "max_nonfinite"):
+    for name in ("epochs", "grad_accum", "repeated_aug", "eval_every", "log_every", "save_epochs", "max_nonfinite"):
         if getattr(config, name) < 1:
             raise RunError(f"{name}: must be at least 1, got {getattr(config, name)}")
     for name in ("scale", "ratio", "betas"):

@@ -181,7 +181,8 @@ def test_the_weights_in_a_file(tmp_path):
     assert state_dict_of({"state_dict": a, "state_dict_ema": b}, use_ema=False)["w"] == 0
     assert state_dict_of({"model": {"name": "x"}, "state_dict": a, "state_dict_ema": None})["w"] == 0
     assert state_dict_of({"model": b, "epoch": 3})["w"] == 1
-    assert state_dict_of({"_orig_mod.module.w": torch.ones(1)})["w"] == 1
+    assert state_dict_of({"_orig_mod.w": torch.ones(1)})["w"] == 1
+    assert state_dict_of({"module.w": torch.ones(1)})["w"] == 1
     save_file(b, tmp_path / "x.safetensors")
     assert state_dict_of(read_checkpoint(tmp_path / "x.safetensors"))["w"] == 1
     with pytest.raises(RunError, match="holds no weights"):

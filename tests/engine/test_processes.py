@@ -8,11 +8,13 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_same_run, start
 
+from flash_bla.engine.checkpoint import CheckpointFolder
 from flash_bla.engine.processes import Processes, mixed_seed, start_processes
 
 CPU = torch.device("cpu")
@@ -25,6 +27,13 @@ def wait_for(condition, seconds: float = 120.0) -> None:
         time.sleep(0.001)
 
 
+def time_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # not yet there, or between the two renames of a save
+        return None
+
+
 def test_a_killed_and_a_stopped_run_end_as_one_that_was_not(train, load, model_yaml, tmp_path):
     flags = ["--epochs", "8", "--batch-size", "60", "--ema-decay", "0.9", "--mixup", "0.2", "--drop-path", "0.1"]
     flags += ["--aa", "rand-m5", "--save-updates", "1"]
@@ -35,17 +44,18 @@ def test_a_killed_and_a_stopped_run_end_as_one_that_was_not(train, load, model_y
     # kill -9 at a random moment, most likely in the middle of an epoch and not unlikely in the middle of a save.
     run = start("train.py", *command)
     seen, target = set(), random.randint(2, 60)
-    wait_for(lambda: last.exists() and (seen.add(last.stat().st_mtime_ns) or len(seen) >= target))
+    wait_for(lambda: seen.add(time_of(last)) or len(seen) >= target)
     time.sleep(random.uniform(0, 0.02))
     run.kill()
     run.communicate()
-    killed_at = load("run")["epoch"], load("run")["update"]
+    stands = CheckpointFolder(tmp_path / "run", print).load()
+    killed_at = stands["epoch"], stands["update"]
     assert killed_at < (8, 0)
 
     # SIGTERM to the whole group, as torchrun and Slurm send it: the loader processes must not die of it first.
     run = start("train.py", *command, start_new_session=True)
-    before = last.stat().st_mtime_ns
-    wait_for(lambda: last.stat().st_mtime_ns != before)
+    seen = {None, time_of(last)}
+    wait_for(lambda: time_of(last) not in seen)
     os.killpg(run.pid, signal.SIGTERM)
     output = run.communicate()[0]
     assert run.returncode == 75, output

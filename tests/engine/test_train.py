@@ -155,7 +155,9 @@ def test_half_precision(train, load, precision):
 
 def test_further_settings_train(train, load):
     flags = ("--grad-checkpointing", "--cooldown-epochs", "1", "--ema-decay", "0.9", "--ema-warmup", "--opt", "lion")
-    assert train("run", *flags, "--repeated-aug", "3", "--eval-every", "2", "--color-jitter", "0.4") == 0
+    flags += ("--repeated-aug", "3", "--eval-every", "2", "--save-epochs", "2", "--color-jitter", "0.4")
+    assert train("run", *flags) == 0
+    assert (load("run")["epoch"], load("run", "previous")["epoch"]) == (3, 2)
     assert [("top1" in row) for row in load("run")["history"]] == [False, True, True]
     assert load("run")["history"][-1]["lr"] == pytest.approx(1e-5)
 
