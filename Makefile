@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/python train.py --config configs/pola_vit_digits.yaml --output output/demo
+	$(BIN)/python train.py --config configs/examples/pola_vit_digits.yaml --output output/demo
 	$(BIN)/python eval.py --checkpoint output/demo/best.pt --output output/demo/eval
-	@echo "learning curve: output/demo/curves.png"
+	@echo "learning curve: output/demo/curve.png"
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto

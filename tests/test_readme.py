@@ -1,0 +1,121 @@
+"""The README holds: its code runs, its commands are valid, its table is what the command prints."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+import eval as eval_script
+import train as train_script
+from flash_bla.engine.config import parse_eval, parse_train
+from flash_bla.layers.attention import _ATTENTIONS
+
+ROOT = Path(train_script.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ELSEWHERE = ("pip ", "torchrun ", "/data/")  # what needs a network, several GPUs or data that are not here
+
+
+class Block(NamedTuple):
+    """A block of code and the line of the README that it begins at."""
+
+    language: str
+    code: str
+    line: int
+
+    @property
+    def runs_here(self) -> bool:
+        return not any(word in self.code for word in ELSEWHERE)
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The words of each command of a bash block."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+BLOCKS = [
+    Block(match[1], match[2], README.count("\n", 0, match.start(2)))
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder from which the scripts and YAMLs are reached as from the repository, and where output may go."""
+    for name in ("train.py", "eval.py", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    Image.new("L", (8, 8), 128).save(tmp_path / "digit.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flash_bla.layers.attention._ATTENTIONS", dict(_ATTENTIONS))  # to be forgotten afterwards
+
+
+def run_python(block: Block, namespace: dict) -> None:
+    """Runs a block and compares what it prints with the comments behind its prints."""
+    expected = re.findall(r"^print\(.*\)  # (.+)$", block.code, re.MULTILINE)
+    printed = io.StringIO()
+    source = "\n" * block.line + block.code  # so that a traceback shows the README's lines
+    with contextlib.redirect_stdout(printed):
+        exec(compile(source, "README.md", "exec"), namespace)
+    assert printed.getvalue().splitlines() == expected
+
+
+def run_command(words: list[str]) -> None:
+    """Runs a command; the scripts in this process, which has imported already what they need."""
+    if words[:2] == ["python", "train.py"]:
+        assert train_script.main(words[2:]) == 0
+    elif words[:2] == ["python", "eval.py"]:
+        assert eval_script.main(words[2:])
+    else:
+        subprocess.run(words, check=True)
+
+
+def test_all_that_can_run_here_runs_in_order(folder):
+    blocks = [block for block in BLOCKS if block.runs_here]
+    assert [sum(block.language == language for block in blocks) for language in ("python", "bash")] == [8, 4]
+    namespace = {"__name__": "readme"}
+    for block in blocks:
+        if block.language == "python":
+            run_python(block, namespace)
+        else:
+            for words in block.commands:
+                run_command(words)
+    assert Path("results/digits.json").is_file() and Path("results/digits.csv").is_file()
+
+
+def test_commands_that_cannot_run_here_are_valid():
+    parsers = {"train.py": parse_train, "eval.py": parse_eval}
+    seen = []
+    for block in BLOCKS:
+        for words in block.commands if block.language == "bash" and not block.runs_here else ():
+            for script in parsers.keys() & set(words):
+                parsers[script](words[words.index(script) + 1 :])
+                seen.append((script, words[0]))
+    assert {(script, runner) for script in parsers for runner in ("python", "torchrun")} == set(seen)
+
+
+def test_all_blocks_say_what_they_are():
+    assert {block.language for block in BLOCKS} == {"python", "bash"}
+
+
+def test_the_table_is_what_the_command_prints():
+    match = re.search(r"<!-- models: python (.+) -->\n(.+?)<!-- end -->", README, re.DOTALL)
+    command = [sys.executable, *match[1].split()]
+    assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout == match[2]
+
+
+def test_links_lead_somewhere():
+    headings = {re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in re.findall(r"^#+ (.+)$", README, re.M)}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http"):
+            assert (ROOT / target).exists(), target
