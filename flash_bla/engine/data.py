@@ -125,7 +125,8 @@ def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str]
 
 def class_names_of(dataset: Any) -> list[str] | None:
     """The class names by index, where the data set knows them."""
-    mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    reader = getattr(dataset, "reader", None)
+    mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folder, tar
     if mapping:
         return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
     names = getattr(dataset, "classes", None)
@@ -257,7 +258,7 @@ class Stream(IterableDataset):
     starts the stream anew, and its order depends on the number of processes.
     """
 
-    def __init__(self, dataset: Any, transform: Callable, mode: str, seed: int = 0, epochs: range = range(1)):  # noqa: B008
+    def __init__(self, dataset: Any, transform: Callable, mode: str, seed: int, epochs: range):
         self.dataset, self.transform, self.mode, self.seed, self.epochs = dataset, transform, mode, seed, epochs
 
     def __iter__(self) -> Iterator[Item]:
@@ -292,12 +293,8 @@ class TrainOrder(Sampler):
             RunError: The data set is smaller than one update's batch.
         """
         self.size, self.batch_size, self.accum = size, config.batch_size, config.grad_accum
-        self.rank, self.count, self.seed, self.repeats = (
-            processes.rank,
-            processes.count,
-            config.seed,
-            config.repeated_aug,
-        )
+        self.rank, self.count = processes.rank, processes.count
+        self.seed, self.repeats = config.seed, config.repeated_aug
         self.epochs = config.epochs + config.cooldown_epochs
         self.total_batch = self.batch_size * self.accum * self.count
         self.updates_per_epoch = size // self.total_batch
@@ -354,7 +351,7 @@ def eval_loader(config: CommonConfig, dataset: Any, data: dict[str, Any], proces
     )  # fmt: skip
     options = _loader_options(config, processes.device) | {"batch_size": config.batch_size}
     if isinstance(dataset, IterableDataset):
-        return DataLoader(Stream(dataset, transform, data["mode"]), **options)
+        return DataLoader(Stream(dataset, transform, data["mode"], seed=0, epochs=range(1)), **options)
     share = range(processes.rank, len(dataset), processes.count)
     options["persistent_workers"] = options["num_workers"] > 0
     return DataLoader(EvalImages(dataset, transform, data["mode"]), sampler=share, **options)

@@ -97,7 +97,6 @@ class StopRequest:
 
     def __init__(self, processes: Processes):
         self.received = False
-        self._processes = processes
         # The answer travels between the hosts' CPUs and is read one update later, so that no GPU waits for it.
         self._group = dist.new_group(backend="gloo") if processes.count > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tarfile
 
 import numpy as np
 import pytest
@@ -191,6 +192,15 @@ def test_folders(pictures):
     # The model's classes keep their numbers, also where the folder has fewer or sorts them otherwise.
     held_out = open_dataset(config, training=False, class_names=["light", "dark", "other", "grey"])
     assert {dataset_target for _, dataset_target in held_out.reader.samples} == {0, 1, 3}
+
+
+def test_tar_files(pictures, tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(pictures() / "train", "train")
+    dataset = open_dataset(folder(tmp_path / "train.tar"), training=True)
+    assert class_names_of(dataset) == ["dark", "grey", "light"]
+    loader = eval_loader(folder(tmp_path / "train.tar"), dataset, DATA, Processes(CPU, 0, 1))
+    assert torch.cat([targets for _, targets, _ in loader]).bincount().tolist() == [8, 8, 8]
 
 
 def test_torchvision_folders(pictures):

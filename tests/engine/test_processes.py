@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_run, start
+from runs import assert_same_run, start
 
 from flash_bla.engine.checkpoint import CheckpointFolder
 from flash_bla.engine.processes import Processes, mixed_seed, start_processes

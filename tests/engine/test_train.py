@@ -11,7 +11,7 @@ import signal
 import pytest
 import timm
 import torch
-from conftest import assert_same_run, tensors
+from runs import assert_same_run, tensors
 
 import eval as eval_script
 import train as train_script
