@@ -152,7 +152,7 @@ def _elu1_dx(x, a, P: tl.constexpr):
     return tl.exp(tl.minimum(x, 0.0))
 
 
-# --- focusing power (the Triton functions give uᵖ; the norm ratio comes as a weight per token) -------------------------
+# --- focusing power (the Triton functions give uᵖ; the norm ratio comes as a weight per token) ------------------------
 
 
 def _focusing_power(x, parameter, exponent):
@@ -183,7 +183,7 @@ def _focusing_power_da(x, a, P: tl.constexpr):
     return -P * _integer_power((tl.maximum(x, 0.0) + 1e-6) / a, P) / a
 
 
-# --- signed power (the Triton functions give the positive half; the kernels call them on x and on -x) ------------------
+# --- signed power (the Triton functions give the positive half; the kernels call them on x and on -x) -----------------
 
 
 def _signed_power(x, parameter, exponent):

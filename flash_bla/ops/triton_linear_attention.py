@@ -497,7 +497,7 @@ class _Problem(NamedTuple):
 
     @property
     def centered(self) -> bool:
-        """Whether the values' mean is taken out of the keys' state: if numerator and denominator have equal features."""
+        """Whether the values' mean is taken out of the state: where numerator and denominator have equal features."""
         return self.normalize and self.cos is None and self.q_denominator is None
 
     def empty_state(self, splits: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -526,7 +526,9 @@ class _Problem(NamedTuple):
         return x.new_empty(shape) if self.cu_seqlens is None else x.new_zeros(shape)
 
 
-def _launch(kernel, problem: _Problem, queries: bool, tensors: dict, *, splits: int, tiles: int, streams: int = 1, **options):
+def _launch(
+    kernel, problem: _Problem, queries: bool, tensors: dict, *, splits: int, tiles: int, streams: int = 1, **options
+) -> None:
     """Runs a kernel over queries or keys; ``tensors`` are those that it does not share with the others."""
     p = problem
     x, x_denominator = (p.q, p.q_denominator) if queries else (p.k, p.k_denominator)
@@ -645,7 +647,9 @@ def _state(problem: _Problem, queries: bool, y: Tensor, rows: Tensor | None = No
     return whole_state[0], whole_z[0], mean
 
 
-def _gradient(problem: _Problem, queries: bool, y: Tensor, dy: Tensor | None, state: Tensor, z: Tensor, mean: Tensor, rows: Tensor):
+def _gradient(
+    problem: _Problem, queries: bool, y: Tensor, dy: Tensor | None, state: Tensor, z: Tensor, mean: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Writes dy, and returns the gradients of x, of the denominator's x, of the weight and of the parameter."""
     p = problem
     x, x_denominator, weight = (
@@ -656,8 +660,8 @@ def _gradient(problem: _Problem, queries: bool, y: Tensor, dy: Tensor | None, st
     da = None if p.parameter is None else p.q.new_empty((splits, p.sequences, *p.parameter.shape), dtype=torch.float32)
     phi, phi_dx, phi_da = TRITON_FEATURE_MAPS[p.feature_map]
     tensors = dict(
-        y_ptr=y, y_strides=y.stride(), state_ptr=state, z_ptr=z, mean_ptr=mean, rows_ptr=rows, rows_strides=_rows_strides(rows),
-        dx_ptr=dx, dx_strides=dx.stride(), dxd_ptr=dx_denominator,
+        y_ptr=y, y_strides=y.stride(), state_ptr=state, z_ptr=z, mean_ptr=mean, rows_ptr=rows,
+        rows_strides=_rows_strides(rows), dx_ptr=dx, dx_strides=dx.stride(), dxd_ptr=dx_denominator,
         dxd_strides=(0, 0, 0, 0) if x_denominator is None else dx_denominator.stride(),
         dy_ptr=dy, dy_strides=(0, 0, 0, 0) if dy is None else dy.stride(), da_ptr=da, dw_ptr=dw,
         dw_strides=(0, 0, 0) if weight is None else dw.stride(),

@@ -107,9 +107,9 @@ def forward_backward(function, variant: Variant, inputs, dtype: torch.dtype | No
 def assert_close(results: dict, expected: dict, tolerance: float) -> None:
     """Each tensor within ``tolerance`` of the expected one, relative in the Frobenius norm.
 
-    With a single key all weights are one, and what is left of the gradients of queries, keys and weights, terms in ε, is
-    a difference of numbers a million times as large. So the norm of a gradient counts as at least a hundredth of that
-    of the largest gradient, and with a single key as that of the largest.
+    With a single key all weights are one, and what is left of the gradients of queries, keys and weights, terms in ε,
+    is a difference of numbers a million times as large. So the norm of a gradient counts as at least a hundredth of
+    that of the largest gradient, and with a single key as that of the largest.
     """
     assert results.keys() == expected.keys()
     norms = {name: x.double().norm().item() for name, x in expected.items()}

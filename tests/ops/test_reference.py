@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.ops.cases import SHAPES, VARIANTS, assert_close, forward_backward, make_inputs
 from flash_bla.ops import decoupled_la, focusing_power, linear_attention, signed_power, simple_la
 from flash_bla.ops.reference import rotate
+from tests.ops.cases import SHAPES, VARIANTS, assert_close, forward_backward, make_inputs
 
 
 def explicit_attention(q, k, v, feature_map, key_weight, rope, normalize=True, scale=None, eps=1e-6):
@@ -47,7 +47,9 @@ def explicit_attention(q, k, v, feature_map, key_weight, rope, normalize=True, s
 def turn(x, rope):
     """Rotation as a product of complex numbers."""
     cos, sin = rope
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)).flatten(-2)
+    return torch.view_as_real(
+        torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+    ).flatten(-2)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[6], SHAPES[8]], ids=str)

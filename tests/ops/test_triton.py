@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests.ops.cases import DEVICE, SHAPES, TOLERANCE, VARIANTS, Variant, assert_close, forward_backward, make_inputs
 from flash_bla.ops import (
     decoupled_la,
     focusing_power,
@@ -13,6 +12,7 @@ from flash_bla.ops import (
     varlen_linear_attention,
 )
 from flash_bla.ops.triton_linear_attention import linear_attention_forward
+from tests.ops.cases import DEVICE, SHAPES, TOLERANCE, VARIANTS, Variant, assert_close, forward_backward, make_inputs
 
 pytest.importorskip("triton")
 
@@ -82,7 +82,9 @@ def test_float16_stays_finite_on_long_sequences_of_large_activations(name, backe
     N, H, D = 65536 if backend == "reference" or DEVICE == "cuda" else 2048, 1, 32
     generator = torch.Generator().manual_seed(0)
     q, k, v, do = (30 * torch.randn(1, H, N, D, generator=generator) for _ in range(4))
-    if name == "identity":  # features of a denominator are not negative; without a feature map that is the caller's part
+    if (
+        name == "identity"
+    ):  # features of a denominator are not negative; without a feature map that is the caller's part
         q, k = q.abs(), k.abs()
     q, k, v = (x.half().to(DEVICE).requires_grad_() for x in (q, k, v))
     phi = {
@@ -115,7 +117,9 @@ def test_frozen_inputs_do_not_change_the_other_gradients(missing):
 
 def test_two_runs_agree_bit_for_bit():
     inputs = make_inputs((1, 1, 1000, 1000, 32, 32), VARIANTS["signed_power"], torch.bfloat16)
-    first, second = (forward_backward(linear_attention, VARIANTS["signed_power"], inputs, backend="triton") for _ in "ab")
+    first, second = (
+        forward_backward(linear_attention, VARIANTS["signed_power"], inputs, backend="triton") for _ in "ab"
+    )
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
