@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time, without a GPU, and checks the shared memory that it asks for.
 
-    python tests/ops/compile_targets.py [target ...]
+    python -m tests.ops.compile_targets [target ...]
 
 Run on its own (and by test_compile_targets.py), because it needs Triton without its interpreter.
 """

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_kernels_compile(target):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_targets.py")
-    run = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.ops.compile_targets", target]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.startswith(f"{target}: ")
