@@ -154,6 +154,7 @@ def _blocks(D: int, D_v: int, streams: int, itemsize: int) -> tuple[int, int, in
 def _precision(dtype: torch.dtype, hip: bool) -> dict:
     if dtype == torch.bfloat16 and not INTERPRETING:  # the interpreter cannot multiply bfloat16
         return dict(OPERAND=tl.bfloat16, PRECISION="ieee")
+    # three products of tf32 parts have the accuracy of float32; AMD has float32 products instead
     return dict(OPERAND=tl.float32, PRECISION="ieee" if hip else "tf32x3")
 
 
