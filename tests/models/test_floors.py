@@ -10,13 +10,13 @@ import pytest
 import flash_bla
 
 PACKAGE = Path(flash_bla.__file__).parent
-GROUND = {"suggest", "tracing"}  # single files that every floor may import
+GROUND = ("suggest", "tracing")  # single files that every floor may import; in order, for tests have names
 BELOW = {
-    "configs": GROUND,
-    "ops": GROUND,
-    "layers": GROUND | {"ops"},
-    "models": GROUND | {"configs", "layers", "ops"},
-    "engine": GROUND | {"configs", "layers", "models", "ops"},
+    "configs": {*GROUND},
+    "ops": {*GROUND},
+    "layers": {*GROUND, "ops"},
+    "models": {*GROUND, "configs", "layers", "ops"},
+    "engine": {*GROUND, "configs", "layers", "models", "ops"},
     **{name: set() for name in GROUND},
 }
 
