@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from flash_bla.configs import FOLDER, check_entries, load_yaml
 from flash_bla.suggest import did_you_mean
 
-FAMILIES = ("vit",)
+FAMILIES = ("vit", "pvt")
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class Family:
         pretrained_cfg: Entries of timm's pretrained_cfg that all its models share.
         feature_cfg: How ``features_only`` extracts features, see ``timm.models.build_model_with_cfg``.
         filter_fn: Maps a pretrained state dict to the model's names, ``(state_dict, model) -> state_dict``.
+        reduction: Stride of the map that the head pools; None where it pools tokens.
     """
 
     model_cls: type[nn.Module]
     pretrained_cfg: dict[str, Any]
     feature_cfg: dict[str, Any]
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None
+    reduction: int | None = None
 
 
 @dataclass(frozen=True)
@@ -279,4 +281,7 @@ def _pretrained_cfg(family_name: str, args: dict[str, Any]) -> dict[str, Any]:
         args.get(key, parameters[key].default) for key in ("img_size", "in_chans", "num_classes")
     )
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return {**family.pretrained_cfg, "input_size": (in_chans, height, width), "num_classes": num_classes}
+    cfg = {**family.pretrained_cfg, "input_size": (in_chans, height, width), "num_classes": num_classes}
+    if family.reduction:
+        cfg["pool_size"] = (-(-height // family.reduction), -(-width // family.reduction))
+    return cfg

@@ -7,60 +7,17 @@ from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 
-from flash_bla.layers import check_attention_args, create_attention, resample_encoding, resample_entry
+from flash_bla.layers import check_attention_args, resample_encoding, resample_entry
+from flash_bla.models.block import Block
 from flash_bla.models.registry import Family
 
-__all__ = ["Block", "VisionTransformer"]
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block around an attention that knows the grid.
-
-    Args:
-        dim: Channels.
-        num_heads: Attention heads.
-        attention: Name of the attention.
-        attention_args: Options for it; those that it lacks are left out.
-        mlp_ratio: Hidden width of the MLP over ``dim``.
-        init_values: Initial layer scale; None for no layer scale.
-        proj_drop: Dropout in the MLP.
-        drop_path: Rate of stochastic depth.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        attention: str,
-        attention_args: dict[str, Any],
-        mlp_ratio: float = 4.0,
-        init_values: float | None = None,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = LayerNorm(dim, **dd)
-        self.attn = create_attention(attention, dim, num_heads, offer=attention_args, **dd)
-        self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
-        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
-        self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
-        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)``."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+__all__ = ["VisionTransformer"]
 
 
 class VisionTransformer(TimmVisionTransformer):
