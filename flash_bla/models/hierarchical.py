@@ -217,7 +217,7 @@ class HierarchicalBackbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the stages after the last chosen one, with them the final norm and the head, and returns the indices."""
+        """Removes what follows the last chosen stage, the head too, and returns the chosen indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]

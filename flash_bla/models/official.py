@@ -32,7 +32,7 @@ def rename_entries(state_dict: Mapping[str, Tensor], rules: Sequence[Rule]) -> d
 
 
 def join_projections(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Joins the projections ``q, kv`` to ``qkv`` and ``qg, kv`` to ``qkvg``, which hold q, k, v and the gate in order."""
+    """Joins the projections ``q, kv`` to ``qkv``, and ``qg, kv`` to ``qkvg``: q, k, v and the gate in this order."""
     joined = dict(state_dict)
     for key in state_dict:
         match = re.fullmatch(r"(.*\.)(q|qg)\.(weight|bias)", key)
