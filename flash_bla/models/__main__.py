@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
+import math
+
 import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from flash_bla.configs import FOLDER
 from flash_bla.models.registry import ModelConfig, read_config
 
+COLUMNS = "| model | attention | parameters (M) | GMACs | activations (M) | input | top-1 | weights |"
+
+
+class ActivationCounter(TorchDispatchMode):
+    """Counts the elements that convolutions and matrix products give out, attention's included."""
+
+    COUNTED = {torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self.COUNTED:
+            self.elements += out.numel()
+        return out
+
+
+def measure(model: torch.nn.Module, image: torch.Tensor) -> tuple[int, int, int]:
+    """Parameters, multiply-adds and activations of a model on an image, which may be on the meta device."""
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, ActivationCounter() as activations:
+        model.eval()(image)
+    return sum(p.numel() for p in model.parameters()), flops.get_total_flops() // 2, activations.elements
+
 
 def model_table() -> str:
-    """The models that the YAML files of the package define, by attention and size."""
-    lines = [
-        "| model | attention | parameters (M) | input | weights |",
-        "|---|---|---:|---|---|",
-    ]
-    rows = sorted(_row(read_config(path)) for path in FOLDER.glob("*.yaml"))
-    for attention, parameters, name, size, weights in rows:
-        lines.append(f"| `{name}` | {attention} | {parameters / 1e6:.1f} | {size} | {weights} |")
-    return "\n".join(lines)
+    """The models that the YAML files of the package define, by family, attention and size."""
+    rows = sorted((_row(read_config(path)) for path in FOLDER.glob("*.yaml")), key=lambda row: row[0])
+    return "\n".join([COLUMNS, "|---|---|---:|---:|---:|---|---|---|", *(line for _, line in rows)])
 
 
-def _row(config: ModelConfig) -> tuple[str, int, str, str, str]:
+def _row(config: ModelConfig) -> tuple[tuple, str]:
     model = timm.create_model(config.name, device="meta")  # shapes without memory
+    size = model.default_cfg["input_size"]
+    parameters, macs, activations = measure(model, torch.empty(1, *size, device="meta"))
     attention = config.args["attention"]
-    if not isinstance(attention, str):
-        attention = ", ".join(dict.fromkeys(attention))
-    _, height, width = model.default_cfg["input_size"]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return attention, parameters, config.name, f"{height} × {width}", ", ".join(config.pretrained) or "none"
+    attention = attention if isinstance(attention, str) else ", ".join(dict.fromkeys(attention))
+    line = (
+        f"| `{config.name}` | {attention} | {parameters / 1e6:.1f} | {macs / 1e9:.1f} | {activations / 1e6:.0f} "
+        f"| {size[1]} × {size[2]} |  | {', '.join(config.pretrained) or 'none'} |"
+    )
+    return (config.family, attention, math.prod(size), macs), line
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
 from flash_bla.ops.triton_kernels import (
@@ -311,6 +312,20 @@ def _backward(ctx, do, *_):
 
 
 linear_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.flash_bla.linear_attention_forward)
+def _forward_flops(q_shape, k_shape, v_shape, *options, **_) -> int:
+    """Operations of the matrix products in the reference, for ``torch.utils.flop_counter``."""
+    (B, H, N, D), M, D_v = q_shape, k_shape[2], v_shape[3]
+    feature_map, _, normalize = options[9:12]
+    streams = 2 if feature_map == "signed_power" else 1
+    return 2 * B * H * streams * D * ((M + N) * D_v + (N * streams if normalize else 0))
+
+
+@register_flop_formula(torch.ops.flash_bla.linear_attention_backward)
+def _backward_flops(do_shape, state_shape, z_shape, mean_shape, keys, *arguments, **_) -> int:
+    return 2 * _forward_flops(*arguments)
 
 
 def linear_attention(

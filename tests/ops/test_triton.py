@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flash_bla.ops import (
     decoupled_la,
@@ -164,6 +165,18 @@ def test_compiled_gradients():
     compiled = torch.compile(linear_attention, fullgraph=True, backend=backend)
     eager = forward_backward(linear_attention, variant, inputs, backend="triton")
     assert_close(forward_backward(compiled, variant, inputs, backend="triton"), eager, 1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_operations_are_counted_as_those_of_the_reference(name):
+    """The operators tell ``FlopCounterMode`` how much they multiply; the reference's products are counted one by one."""
+    inputs = make_inputs((2, 3, 20, 20, 16, 24), VARIANTS[name], torch.float32)
+    counts = []
+    for backend in ("triton", "reference"):
+        with FlopCounterMode(display=False) as counter:
+            forward_backward(linear_attention, VARIANTS[name], inputs, backend=backend)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_export_takes_the_reference():
