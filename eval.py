@@ -3,6 +3,7 @@
 
     python eval.py --checkpoint runs/pola_vit_tiny-folder/best.pt --data-dir /data/imagenet
     python eval.py --checkpoint best.pt --data-dir /data/imagenet --img-size 336 448 --crop-pct 1.0
+    python eval.py --checkpoint official.pth --model mlla_tiny --data-dir /data/imagenet
     python eval.py --model vit_small_patch16_224 --pretrained --data-dir /data/imagenet
     torchrun --nproc-per-node 8 eval.py --checkpoint best.pt --data-dir /data/imagenet --output results/imagenet
     python eval.py --checkpoint best.pt --image cat.jpg dog.jpg
@@ -24,7 +25,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import nn
 from tqdm import tqdm
 
-from flash_bla.engine.checkpoint import load_weights, read_checkpoint, write_atomically
+from flash_bla.engine.checkpoint import AVERAGED, is_own, load_weights, read_checkpoint, write_atomically
 from flash_bla.engine.config import EvalConfig, RunError, parse_eval
 from flash_bla.engine.data import ToDevice, check_classes, class_names_of, eval_loader, open_dataset, resolve_data
 from flash_bla.engine.evaluation import autocast, evaluate
@@ -38,13 +39,15 @@ def load_model(config: EvalConfig) -> tuple[nn.Module, dict[str, Any], dict[str,
     content = read_checkpoint(config.checkpoint) if config.checkpoint else {}
     if config.model:  # the file may then be of any kind
         model, description = create_model(config, config.num_classes)
-    elif {"model", "state_dict", "config"} <= content.keys():
+    elif is_own(content):
         description = content["model"]
         model = rebuild_model(config, description)
     else:
         raise RunError(f"{config.checkpoint} does not say which model it is of: name it with --model")
     if content and (notes := load_weights(model, content, config.checkpoint, use_ema=config.use_ema)):
         raise RunError(f"{notes[0]}, which has learned nothing; --num-classes sets how many it has")
+    if not is_own(content):  # the settings of other projects mean nothing here
+        content = {key: content[key] for key in AVERAGED if key in content}
     return model, resolve_data(config, model, description, content.get("data")), content
 
 
@@ -65,7 +68,7 @@ def evaluate_dataset(config: EvalConfig, processes: Processes) -> dict[str, Any]
     bar = tqdm(loader, unit="batch", disable=None if processes.first else True)
     figures = evaluate(model, bar, to_device, processes, config.precision)
 
-    weights = "ema" if config.use_ema and content.get("state_dict_ema") else "model"
+    weights = "ema" if config.use_ema and any(content.get(key) for key in AVERAGED) else "model"
     result = {"model": config.model or content["model"]["name"], "checkpoint": config.checkpoint, "weights": weights}
     result |= {key: getattr(config, key) for key in ("dataset", "data_dir", "val_split")}
     result |= {key: data[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}

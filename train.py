@@ -46,6 +46,7 @@ from flash_bla.engine.data import (
 from flash_bla.engine.evaluation import autocast, evaluate
 from flash_bla.engine.logs import LossMeter, RunLog, memory_used, warn
 from flash_bla.engine.model import create_model
+from flash_bla.engine.norms import RunningStatistics, sync_batch_norms
 from flash_bla.engine.processes import Processes, StopRequest, mixed_seed, start_processes
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again"
@@ -73,14 +74,16 @@ def train(config: TrainConfig, processes: Processes) -> int:
         model.get_classifier().requires_grad_(True)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
+    if config.sync_bn:
+        model = sync_batch_norms(model, processes)
     model.to(device)
-    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=config.ema_warmup) if config.ema_decay else None
+    statistics = RunningStatistics(model, processes)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     # Optimisation. An update is `total_batch` images, however many passes and processes share them.
     order = TrainOrder(len(train_set), config, processes)
     updates = order.updates_per_epoch
-    rates = config.learning_rates(order.total_batch)
+    rates, averaging = config.learning_rates(order.total_batch), config.averaging(order.total_batch)
     optimizer = create_optimizer_v2(
         model,
         opt=config.opt,
@@ -99,9 +102,11 @@ def train(config: TrainConfig, processes: Processes) -> int:
         warmup_epochs=config.warmup_epochs,
         warmup_lr=rates["warmup_lr"],
         min_lr=rates["min_lr"],
-        step_on_epochs=False,
+        step_on_epochs=config.sched_on_epochs,
         updates_per_epoch=updates,
     )
+    # timm averages the running statistics of batch norms together with the weights.
+    ema = ModelEmaV3(model, decay=averaging["ema_decay"], use_warmup=config.ema_warmup) if averaging else None
     # The scaler serves all precisions: it leaves an update out if a gradient is not finite, and with a fused optimizer
     # decides so on the device. Only fp16 needs its scale; the others keep it at 1.
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if config.precision == "fp16" else 1.0)
@@ -150,6 +155,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
         unreadable, started = set(state["unreadable"]), time.time() - state["seconds"]
     if len(set(processes.gather((epoch, update)))) > 1:
         raise RunError(f"the processes see different checkpoints: {config.output} must be one folder for all of them")
+    schedule.step(epoch)  # of these two calls the one does nothing that is not `sched_on_epochs`
     schedule.step_update(epoch * updates + update)
 
     log = RunLog(config.output, history, epoch * updates + update, enabled=processes.first)
@@ -160,18 +166,21 @@ def train(config: TrainConfig, processes: Processes) -> int:
         "data": f"{config.dataset}, {len(train_set)} images, {len(val_set)} held out, {num_classes} classes",
         "input": data,
         "update": f"{order.total_batch} images ({passes}), {updates} updates an epoch",
-        "rates": rates,
+        "rates": rates | averaging,
         "weights": "; ".join(notes) or config.weights or ("pretrained" if config.pretrained else "random"),
         "output": config.output + (f", goes on from epoch {epoch}, update {update}" if state else ""),
     }
-    log.start(facts, settings | {"rates": rates})
+    log.start(facts, settings | {"rates": rates | averaging})
 
     # Training.
     train_model, eval_model = model, ema.module if ema else model
+    teacher = ema.module if config.mesa else None
     if processes.count > 1:
-        train_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        devices = [device] if device.type == "cuda" else None
+        train_model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # see `statistics`
     if config.compile:
         train_model = torch.compile(train_model)
+        teacher = torch.compile(teacher) if config.mesa else None
     to_device = ToDevice(data["mean"], data["std"], device)
     order.start = (epoch, update)
     batches = iter(train_loader(config, train_set, data, order, device)) if epoch < epochs else None
@@ -192,6 +201,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
             while update < updates:
                 # One update: forward and backward over its images, then one step.
                 loss = torch.zeros((), device=device)
+                statistics.start_update()
                 for micro in range(config.grad_accum):
                     images, targets, failures = next(batches)
                     for failure in set(failures) - unreadable:
@@ -208,7 +218,12 @@ def train(config: TrainConfig, processes: Processes) -> int:
                         with autocast(device, config.precision):
                             logits = train_model(images)
                         smoothing = 0.0 if mixup else config.smoothing  # mixed targets are smooth already
-                        part = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing) / config.grad_accum
+                        part = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                        if config.mesa and 4 * epoch >= config.epochs:
+                            with torch.no_grad(), autocast(device, config.precision):
+                                taught = teacher(images).float().softmax(dim=1)
+                            part = part + config.mesa * F.cross_entropy(logits.float(), taught)
+                        part = part / config.grad_accum
                         loss += part.detach()
                         # The factor is 1, or NaN where the loss is not finite: then no gradient is finite either, after
                         # DDP on any process, and all of them leave the update out together.
@@ -220,6 +235,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
                 scaler.step(optimizer)
                 scaler.update(None if config.precision == "fp16" else 1.0)
                 optimizer.zero_grad()
+                statistics.finish_update(grad_norm)
                 meter.update(loss, grad_norm)
                 update, done = update + 1, done + 1
                 if ema:
@@ -256,6 +272,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
             row |= {"images_per_second": speed, "skipped_updates": skipped, "unreadable_images": len(unreadable)}
             log.epoch(row | {"seconds": time.time() - started})
             epoch, update = epoch + 1, 0
+            schedule.step(epoch)
             meter.start_epoch()
             if row.get("top1", -1.0) > best:
                 best = row["top1"]

@@ -64,13 +64,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 def test_models_from_the_wheel(run_elsewhere, tmp_path):
     lines = run_elsewhere(
         "import flash_bla, timm, torch\n"
-        "from flash_bla.configs import config_path, load_yaml\n"
+        "from flash_bla.configs import config_path\n"
+        "from flash_bla.engine.config import read_recipe\n"
         "from flash_bla.models import read_config\n"
         "print(flash_bla.__file__, flash_bla.__version__)\n"
         "model = timm.create_model('pola_vit_tiny', depth=1, num_classes=3)\n"
         "print(tuple(model(torch.zeros(1, 3, 64, 48)).shape))\n"
-        "recipe = read_config(config_path('pola_vit_tiny')).recipe\n"
-        "print(load_yaml(config_path(f'recipes/{recipe}'))['epochs'])\n"
+        "print(read_recipe(read_config(config_path('pola_vit_tiny')).recipe)['epochs'])\n"
     )
     assert lines == [f"{tmp_path}/site/flash_bla/__init__.py {flash_bla.__version__}", "(1, 3)", "300"]
 

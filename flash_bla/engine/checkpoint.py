@@ -21,7 +21,6 @@ import os
 import pickle
 import sys
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,10 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import nn
 
+import flash_bla.models.weights  # noqa: F401 - torch.load then accepts what official files hold besides weights
 from flash_bla.engine.config import RunError, differences
+
+AVERAGED = ("state_dict_ema", "model_ema")  # where a file keeps a moving average of its weights
 
 
 class DamagedCheckpoint(RunError):
@@ -91,7 +93,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
                 damaged = archive.testzip()
             if damaged:
                 raise DamagedCheckpoint(f"{path} is damaged: wrong checksum of {damaged}")
-        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]):
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except DamagedCheckpoint:
         raise
@@ -175,9 +177,15 @@ class CheckpointFolder:
         return True
 
 
+def is_own(checkpoint: dict[str, Any]) -> bool:
+    """Whether train.py wrote it, so that it says which model it is of, and what the images go through."""
+    model = checkpoint.get("model")
+    return {"state_dict", "config"} <= checkpoint.keys() and isinstance(model, dict) and "family" in model
+
+
 def state_dict_of(checkpoint: dict[str, Any], use_ema: bool = True) -> dict[str, torch.Tensor]:
     """The weights in a file, from under whatever key they stand, without the prefixes of DDP and torch.compile."""
-    keys = (("state_dict_ema", "model_ema") if use_ema else ()) + ("state_dict", "model")
+    keys = (AVERAGED if use_ema else ()) + ("state_dict", "model")
     for key in keys:
         if isinstance(checkpoint.get(key), dict) and _is_state_dict(checkpoint[key]):
             return clean_state_dict(checkpoint[key])

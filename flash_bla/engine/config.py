@@ -4,6 +4,8 @@ A setting is one line of a dataclass below: its type, its default and its help. 
 check of what a YAML holds and the record in the checkpoint are all made from that line. What comes later wins:
 
     the defaults here  <  the recipe that the model's YAML names  <  the YAML's `train:`  <  the command line
+
+A recipe may name another one (`recipe: imagenet`), over whose settings its own win.
 """
 
 from __future__ import annotations
@@ -126,13 +128,21 @@ class TrainConfig(CommonConfig):
     warmup_lr: float = setting("optimisation", 1e-6, "learning rate at the start of the warm-up")
     min_lr: float = setting("optimisation", 1e-5, "learning rate at the end of the schedule")
     cooldown_epochs: int = setting("optimisation", 0, "further epochs at --min-lr")
+    sched_on_epochs: bool = setting("optimisation", False, "let the learning rate stay the same within an epoch")
     weight_decay: float = setting("optimisation", 0.05, "weight decay (none on biases and other 1-D parameters)")
     betas: list[float] = setting("optimisation", [0.9, 0.999], "the optimizer's betas")
     eps: float = setting("optimisation", 1e-8, "the optimizer's epsilon")
     layer_decay: float | None = setting("optimisation", None, "factor on the rate for each layer below the head")
     clip_grad: float | None = setting("optimisation", None, "clip the gradient's norm to this")
     ema_decay: float | None = setting("optimisation", None, "decay of the weights' moving average; none: no average")
+    ema_batch: int = setting("optimisation", 0, "total batch that --ema-decay is meant for; 0: take it as it is")
     ema_warmup: bool = setting("optimisation", False, "shorter average at the start of the run")
+    mesa: float = setting(
+        "optimisation",
+        0.0,
+        "weight of a further loss from a quarter of --epochs on: cross entropy to what the averaged weights predict",
+    )
+    sync_bn: bool = setting("optimisation", False, "let batch norms see the images of all processes (CUDA)")
     max_nonfinite: int = setting(
         "optimisation", 20, "stop after so many updates in a row without a finite loss and gradient", free=True
     )
@@ -150,6 +160,15 @@ class TrainConfig(CommonConfig):
         factor = total_batch / self.lr_batch if self.lr_batch else 1.0
         others = factor if self.lr_scale_all else 1.0
         return {"lr": self.lr * factor, "warmup_lr": self.warmup_lr * others, "min_lr": self.min_lr * others}
+
+    def averaging(self, total_batch: int) -> dict[str, float]:
+        """The moving average's decay for a total batch, `ema_decay`; nothing where the run keeps no average.
+
+        After as many images as the decay is meant for, the average has forgotten equally much with any batch.
+        """
+        if self.ema_decay is None:
+            return {}
+        return {"ema_decay": self.ema_decay ** (total_batch / self.ema_batch if self.ema_batch else 1.0)}
 
 
 @dataclass
@@ -187,8 +206,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
             model_config = read_config(path)
             recipe, train = recipe or model_config.recipe, model_config.train
         if recipe:
-            file = Path(recipe) if recipe.endswith((".yaml", ".yml")) else config_path(f"recipes/{recipe}")
-            values |= check_settings(TrainConfig, load_yaml(file), str(file))
+            values |= read_recipe(recipe)
         values |= check_settings(TrainConfig, train, f"{path}: train")
     except (OSError, ValueError) as error:
         raise RunError(str(error)) from error
@@ -211,6 +229,28 @@ def parse_eval(argv: Sequence[str] | None = None) -> EvalConfig:
     return _check_common(config)
 
 
+def read_recipe(recipe: str, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """The settings of a recipe, and below them those of the recipe that it names itself.
+
+    Args:
+        recipe: Its name in the package (`deit`), or a YAML file.
+        above: The files of the recipes that led to this one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: No recipe has that name, it holds what is no setting, or it builds on itself.
+    """
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else config_path(f"recipes/{recipe}")
+    chain = [*above, path.resolve()]
+    if chain[-1] in above:
+        raise ValueError(f"{path}: the recipe builds on itself: {' -> '.join(map(str, chain))}")
+    content = load_yaml(path)
+    base = content.pop("recipe", None)
+    check_entries({"recipe": base}, {"recipe": str | None}, str(path))
+    settings = check_settings(TrainConfig, content, str(path))
+    return (read_recipe(base, chain) if base else {}) | settings
+
+
 def check_settings(kind: type[Config], values: dict[str, Any], where: str) -> dict[str, Any]:
     """The settings that a YAML holds, with keys and types checked.
 
@@ -223,8 +263,12 @@ def check_settings(kind: type[Config], values: dict[str, Any], where: str) -> di
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two runs' settings, leaving out those that have no part in the result."""
+    """What differs between two runs' settings, leaving out those that have no part in the result.
+
+    A setting that is younger than the old run had its default there.
+    """
     free = {f.name for f in fields(TrainConfig) if f.metadata["free"]}
+    old = as_dict(TrainConfig()) | old
     keys = [key for key in {**old, **new} if key not in free]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
@@ -255,8 +299,13 @@ def _check_train(config: TrainConfig) -> TrainConfig:
             raise RunError(f"{name}: two numbers, got {getattr(config, name)}")
     if config.warmup_epochs >= config.epochs:
         raise RunError(f"warmup_epochs: must be less than epochs ({config.epochs}), got {config.warmup_epochs:g}")
+    for name in ("ema_batch", "mesa"):
+        if getattr(config, name) < 0:
+            raise RunError(f"{name}: must be at least 0, got {getattr(config, name)}")
     if config.ema_decay is not None and not 0 < config.ema_decay < 1:
         raise RunError(f"ema_decay: between 0 and 1, or none, got {config.ema_decay}")
+    if config.mesa and config.ema_decay is None:
+        raise RunError(f"mesa: {config.mesa:g} learns from the averaged weights, but ema_decay is none")
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise RunError(f"batch_size: mixup and cutmix mix pairs and want an even number, got {config.batch_size}")
     return config

@@ -116,7 +116,7 @@ class RunLog:
         """Prints what the run is, and keeps all its settings in config.yaml."""
         for key, value in facts.items():
             if isinstance(value, dict):
-                value = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+                value = ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
             self.say(f"{key:8s} {value}")
         if self.enabled:
             self._try(lambda: write_atomically(self.folder / "config.yaml", yaml.safe_dump(settings).encode()))

@@ -7,24 +7,29 @@ from flash_bla.layers.attention import (
     register_attention,
 )
 from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.cross_window import CrossShapedWindowAttention
 from flash_bla.layers.focused import FocusedLinearAttention
 from flash_bla.layers.linear import LinearAttention
 from flash_bla.layers.mamba_like import MambaLikeLinearAttention
 from flash_bla.layers.pola import PolaLinearAttention
 from flash_bla.layers.position import KeyPositionalEncoding, resample_encoding, resample_entry
-from flash_bla.layers.rank_augmented import RankAugmentedLinearAttention
+from flash_bla.layers.rank_augmented import GatedSoftmaxAttention, RankAugmentedLinearAttention
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.softmax import SoftmaxAttention
+from flash_bla.layers.window import WindowAttention
 
 __all__ = [
+    "CrossShapedWindowAttention",
     "DepthwiseConv",
     "FocusedLinearAttention",
+    "GatedSoftmaxAttention",
     "KeyPositionalEncoding",
     "LinearAttention",
     "MambaLikeLinearAttention",
     "PolaLinearAttention",
     "RankAugmentedLinearAttention",
     "SoftmaxAttention",
+    "WindowAttention",
     "attention_options",
     "axial_rope",
     "check_attention_args",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from flash_bla.layers.tokens import count_prefix_tokens
 
 
+@register_notrace_module  # torch.fx must not trace into it: it branches on shapes
 class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution of tokens that stand on a grid; prefix tokens have no place on it and give zero.
 

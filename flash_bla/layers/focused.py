@@ -77,5 +77,8 @@ class FocusedLinearAttention(KeyPositionalEncoding):
             *(split_heads(y, self.num_heads) for y in (q, k, v)),
             feature_map=focusing_power(scale, self.focusing_factor),
         )
-        x = merge_heads(x) + self.dwc(v, grid)
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(merge_heads(x) + self.local_branch(v, grid)))
+
+    def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What is added to the attention's output, before the projection."""
+        return self.dwc(v, grid)

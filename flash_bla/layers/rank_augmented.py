@@ -1,4 +1,4 @@
-"""Rank-augmented linear attention (RALA)."""
+"""Rank-augmented linear attention (RALA), and softmax attention with the same surroundings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
 from flash_bla.ops import FeatureMap, linear_attention
+from flash_bla.ops.reference import rotate
 
 
 @register_attention("rala")
@@ -63,17 +64,32 @@ class RankAugmentedLinearAttention(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
         q, k, v, gate = self.qkvo(x).chunk(4, dim=-1)
-        q, k = split_heads(q, self.num_heads), split_heads(k, self.num_heads)
-        o = linear_attention(
-            q,
-            k,
-            split_heads(v, self.num_heads),
-            feature_map="elu1",
-            key_weight=key_weights(q, k),
-            rope=axial_rope(x, grid, self.head_dim, endpoint=True),
-        )
+        rope = axial_rope(x, grid, self.head_dim, endpoint=True)
+        o = self.attend(*(split_heads(y, self.num_heads) for y in (q, k, v)), rope)
         x = (merge_heads(o) + self.lepe(v, grid)) * gate
         return self.proj_drop(self.proj(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The attention itself, without its surroundings: q, k and v ``(B, H, N, D)`` to ``(B, H, N, D)``."""
+        return linear_attention(q, k, v, feature_map="elu1", key_weight=key_weights(q, k), rope=rope)
+
+
+@register_attention("rala_softmax")
+class GatedSoftmaxAttention(RankAugmentedLinearAttention):
+    r"""Softmax attention with the encodings and the gate of RALA, which takes its place where maps are small.
+
+    .. math:: o_n = \left(\sum_m softmax_m\left(d^{-1/2}\, R_n q_n \cdot R_m k_m\right) v_m + LePE(v)_n\right) \odot g_n
+
+    The arguments, the rotation R, LePE and the gate g are those of ``RankAugmentedLinearAttention``.
+
+    Reference:
+        Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", CVPR 2025.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The attention itself, without its surroundings: q, k and v ``(B, H, N, D)`` to ``(B, H, N, D)``."""
+        q, k = (rotate(at_least_float32(x), *rope).to(v.dtype) for x in (q, k))
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def key_weights(q: Tensor, k: Tensor) -> Tensor:

@@ -94,9 +94,11 @@ class HierarchicalBackbone(nn.Module):
         dims: Channels of each stage.
         norm: What the last stage's map goes through before it is pooled.
         checkpoint_filter_fn: Maps a state dict with official entry names to this model's; must leave its own alone.
+        in_chans: Input channels.
         num_classes: Classes of the head, 0 for none.
         global_pool: How the head pools: ``"avg"``, or ``""`` for not at all, and timm's others.
         drop_rate: Dropout before the head.
+        num_features: Channels after ``norm``, where it projects to others than the last stage's.
     """
 
     output_fmt = "NHWC"  # of forward_features, in timm's words
@@ -107,23 +109,27 @@ class HierarchicalBackbone(nn.Module):
         dims: Sequence[int],
         norm: nn.Module,
         checkpoint_filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]],
+        in_chans: int,
         num_classes: int,
         global_pool: str,
         drop_rate: float,
+        num_features: int | None = None,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.stages = nn.Sequential(*stages)
         self.norm = norm
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = num_features or dims[-1]
         self.feature_info = [
             {"module": f"stages.{i}", "num_chs": dim, "reduction": STRIDE * 2**i} for i, dim in enumerate(dims)
         ]
         self.head = ClassifierHead(
             self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", device=device, dtype=dtype
         )
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.apply(_init_weights)
         self._checkpoint_filter_fn = checkpoint_filter_fn
         self.register_load_state_dict_pre_hook(_translate_on_load)
@@ -160,8 +166,10 @@ class HierarchicalBackbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replaces the last layer, and the pooling if one is named; no classes leave the pooled features."""
+        parameter = next(self.parameters())
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, device=parameter.device, dtype=parameter.dtype)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, in_chans, H, W)`` of any size to logits ``(B, num_classes)``."""
@@ -219,14 +227,14 @@ class HierarchicalBackbone(nn.Module):
     ) -> list[int]:
         """Removes what follows the last chosen stage, the head too, and returns the chosen indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        num_chs = self.feature_info[max_index]["num_chs"]
         pruned = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
         if prune_norm or pruned:
             self.norm = nn.Identity()
-        if pruned:
-            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
-            self.head.in_features = self.num_features
-        if prune_head or pruned:
+            prune_head = prune_head or pruned or num_chs != self.num_features
+            self.num_features = self.head.in_features = num_chs
+        if prune_head:
             self.reset_classifier(0, "")
         return take_indices
 

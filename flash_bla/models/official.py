@@ -36,7 +36,7 @@ def join_projections(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     joined = dict(state_dict)
     for key in state_dict:
         match = re.fullmatch(r"(.*\.)(q|qg)\.(weight|bias)", key)
-        if match:
+        if match and f"{match[1]}kv.{match[3]}" in state_dict:
             block, name, leaf = match.groups()
             first, *gate = joined.pop(key).chunk(len(name))
             joined[f"{block}{'qkv' if name == 'q' else 'qkvg'}.{leaf}"] = torch.cat(

@@ -152,6 +152,7 @@ class PyramidVisionTransformer(HierarchicalBackbone):
             embed_dims,
             norm=nn.Identity(),
             checkpoint_filter_fn=checkpoint_filter_fn,
+            in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,

@@ -4,7 +4,7 @@ A YAML file defines a model:
 
     family: vit                  # a module of flash_bla.models
     model: {embed_dim: 384, depth: 12, num_heads: 6, attention: pola}      # arguments of the family's class
-    pretrained: {}               # tag: entries of timm's pretrained_cfg
+    pretrained: {}               # tag: entries of timm's pretrained_cfg, and reported_top1: the paper's accuracy in %
     recipe: deit                 # training settings by name, flash_bla/configs/recipes/deit.yaml
     train: {}                    # training settings that differ from the recipe
 
@@ -32,13 +32,15 @@ from timm.models import (
     is_model,
     list_models,
     register_model,
+    resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
 
 from flash_bla.configs import FOLDER, check_entries, load_yaml
+from flash_bla.models.weights import check_weights, read_weights
 from flash_bla.suggest import did_you_mean
 
-FAMILIES = ("vit", "pvt")
+FAMILIES = ("vit", "pvt", "pvtv2", "mlla", "ravlt", "swin", "cswin")
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def read_config(path: str | Path) -> ModelConfig:
     check_entries(config.args, _argument_hints(config.family), f"{path}: model")
     check_entries(config.pretrained, dict.fromkeys(config.pretrained, dict[str, Any]), f"{path}: pretrained")
     for tag, entries in config.pretrained.items():
-        check_entries(entries, get_type_hints(PretrainedCfg), f"{path}: pretrained: {tag}")
+        check_entries(entries, get_type_hints(PretrainedCfg) | {"reported_top1": float}, f"{path}: pretrained: {tag}")
     return config
 
 
@@ -220,7 +222,7 @@ def _register(config: ModelConfig) -> None:
     create.__module__ = module.__name__
     create.__doc__ = f"{config.name}, as {config.path.name} defines it."
     cfg = _pretrained_cfg(config.family, config.args)
-    tagged = {f"{config.name}.{tag}": {**cfg, **entries} for tag, entries in config.pretrained.items()}
+    tagged = {f"{config.name}.{tag}": {**cfg, **_timm_entries(entries)} for tag, entries in config.pretrained.items()}
     vars(module).setdefault("default_cfgs", {}).update(generate_default_cfgs(tagged or {config.name: cfg}))
     setattr(module, config.name, create)
     register_model(create)
@@ -229,10 +231,17 @@ def _register(config: ModelConfig) -> None:
 
 def _build(name: str, family_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     family = _family(family_name)
+    if pretrained:
+        overlay = kwargs.get("pretrained_cfg_overlay") or {}
+        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), overlay)
+        state_dict = read_weights(cfg, kwargs.get("cache_dir"))
+        if state_dict is not None:
+            kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": state_dict}
 
     def filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        model.pretrained_cfg.pop("state_dict", None)  # or it would stay with the model
         state_dict = family.filter_fn(state_dict, model) if family.filter_fn else state_dict
-        _check_pretrained(name, state_dict, model)
+        check_weights(name, state_dict, model)
         return state_dict
 
     return build_model_with_cfg(
@@ -243,24 +252,6 @@ def _build(name: str, family_name: str, pretrained: bool = False, **kwargs: Any)
         feature_cfg=dict(family.feature_cfg),  # timm writes into it
         **kwargs,
     )
-
-
-def _check_pretrained(name: str, state_dict: dict[str, Tensor], model: nn.Module) -> None:
-    """timm loads weights without looking at their entries once the number of classes differs; the head aside, they must
-    still be the model's.
-    """
-    classifiers = model.pretrained_cfg["classifier"]
-    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-    prefixes = tuple(f"{classifier}." for classifier in classifiers)
-    found, expected = (
-        {key for key in entries if not key.startswith(prefixes)} for entries in (state_dict, model.state_dict())
-    )
-    if found != expected:
-        missing, unexpected = (", ".join(sorted(keys)[:5]) or "none" for keys in (expected - found, found - expected))
-        raise RuntimeError(
-            f"these weights are not those of {name}: {len(expected - found)} entries are missing ({missing}), "
-            f"{len(found - expected)} are unknown ({unexpected})"
-        )
 
 
 def _family(name: str) -> Family:
@@ -285,3 +276,12 @@ def _pretrained_cfg(family_name: str, args: dict[str, Any]) -> dict[str, Any]:
     if family.reduction:
         cfg["pool_size"] = (-(-height // family.reduction), -(-width // family.reduction))
     return cfg
+
+
+def _timm_entries(entries: dict[str, Any]) -> dict[str, Any]:
+    """A tag's entries as timm knows them: the reported accuracy is a note."""
+    entries = dict(entries)
+    top1 = entries.pop("reported_top1", None)
+    if top1 is not None:
+        entries["notes"] = (*(entries.get("notes") or ()), f"top-1 accuracy reported by the paper: {top1} %")
+    return entries

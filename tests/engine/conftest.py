@@ -14,9 +14,7 @@ from flash_bla.engine.processes import Processes
 
 torch.set_num_threads(1)
 
-MODEL_YAML = """\
-family: vit
-model: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 16, depth: 2, num_heads: 2, attention: pola}
+TRAIN_YAML = """\
 train:
   dataset: digits
   epochs: 2
@@ -28,13 +26,29 @@ train:
   hflip: 0.0
   log_every: 1
 """
+VIT_YAML = """\
+family: vit
+model: {img_size: 8, patch_size: 4, in_chans: 1, embed_dim: 16, depth: 2, num_heads: 2, attention: pola}
+"""
+MLLA_YAML = """\
+family: mlla
+model: {img_size: 32, in_chans: 1, embed_dim: 8, depths: [1, 1, 1, 1], num_heads: [1, 1, 2, 2]}
+"""
 
 
 @pytest.fixture
 def model_yaml(tmp_path: Path) -> Path:
     """The YAML of a tiny model that trains on the digits, five updates an epoch."""
     path = tmp_path / "tiny_pola_vit.yaml"
-    path.write_text(MODEL_YAML)
+    path.write_text(VIT_YAML + TRAIN_YAML)
+    return path
+
+
+@pytest.fixture
+def batch_norm_yaml(tmp_path: Path) -> Path:
+    """The same of a model with batch norms."""
+    path = tmp_path / "tiny_mlla.yaml"
+    path.write_text(MLLA_YAML + TRAIN_YAML)
     return path
 
 
@@ -43,10 +57,26 @@ def train(model_yaml: Path, tmp_path: Path):
     """Trains the tiny model in this process: `train("run", "--lr", "1e-3")` returns the exit code."""
 
     def run(folder: str, *flags: str) -> int:
-        model = [] if "--model" in flags else ["--config", str(model_yaml)]
+        model = [] if {"--model", "--config"} & set(flags) else ["--config", str(model_yaml)]
         return train_script.main([*model, "--output", str(tmp_path / folder), "--device", "cpu", *flags])
 
     return run
+
+
+@pytest.fixture
+def on_loss(monkeypatch):
+    """Lets a test act on the losses of training: `on_loss(lambda number, loss: ...)` returns the loss to use."""
+
+    def install(act):
+        cross_entropy, calls = train_script.F.cross_entropy, iter(range(10**6))
+
+        def wrapped(logits, targets, **options):
+            loss = cross_entropy(logits, targets, **options)
+            return act(next(calls), loss) if logits.requires_grad else loss
+
+        monkeypatch.setattr(train_script.F, "cross_entropy", wrapped)
+
+    return install
 
 
 @pytest.fixture

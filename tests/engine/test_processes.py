@@ -14,6 +14,7 @@ import pytest
 import torch
 from runs import assert_same_run, start
 
+from eval import main as evaluate
 from flash_bla.engine.checkpoint import CheckpointFolder
 from flash_bla.engine.processes import Processes, mixed_seed, start_processes
 
@@ -69,7 +70,7 @@ def test_a_killed_and_a_stopped_run_end_as_one_that_was_not(train, load, model_y
 
 def test_two_processes_follow_one(train, load, model_yaml, tmp_path):
     flags = ["--epochs", "3", "--ema-decay", "0.9", "--mixup", "0.8", "--cutmix", "1.0", "--clip-grad", "1.0"]
-    flags += ["--aa", "rand-m5", "--reprob", "0.25", "--save-updates", "3"]
+    flags += ["--aa", "rand-m5", "--reprob", "0.25", "--save-updates", "3", "--mesa", "1"]
     assert train("one", *flags, "--batch-size", "240") == 0
     command = ["--config", str(model_yaml), "--output", str(tmp_path / "two"), *flags]
     run = start("train.py", *command, "--batch-size", "60", "--grad-accum", "2", processes=2)
@@ -83,6 +84,17 @@ def test_two_processes_follow_one(train, load, model_yaml, tmp_path):
     for key, value in one["state_dict"].items():
         assert torch.allclose(value, two["state_dict"][key], atol=2e-3), key
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
+
+
+def test_batch_norms_of_two_processes_keep_one_and_the_same_statistics(load, batch_norm_yaml, tmp_path):
+    flags = ["--config", str(batch_norm_yaml), "--output", str(tmp_path / "run"), "--batch-size", "120", "--sync-bn"]
+    run = start("train.py", *flags, "--ema-decay", "0.7", "--mesa", "1", processes=2)
+    output = run.communicate()[0]
+    assert run.returncode == 0, output
+    assert output.count("sync_bn: not on the cpu") == 1
+    # Each process evaluated its half of the images with its own copy: together they are what the file holds.
+    result = evaluate(["--checkpoint", str(tmp_path / "run" / "last.pt"), "--device", "cpu", "--workers", "0"])
+    assert result["loss"] == pytest.approx(load("run")["history"][-1]["val_loss"], rel=1e-6)
 
 
 def test_an_evaluation_shared_by_processes_counts_every_image_once(train, pictures, tmp_path):

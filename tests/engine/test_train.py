@@ -11,42 +11,13 @@ import signal
 import pytest
 import timm
 import torch
-from runs import assert_same_run, tensors
+from runs import UPDATES, assert_same_run, interrupt, tensors
 
 import eval as eval_script
 import train as train_script
 from flash_bla.engine import checkpoint as checkpoint_module
 from flash_bla.engine.config import RunError
 from flash_bla.engine.processes import StopRequest
-
-UPDATES = 5  # of an epoch of the tiny model
-
-
-@pytest.fixture
-def on_loss(monkeypatch):
-    """Lets a test act on the losses of training: `on_loss(lambda number, loss: ...)` returns the loss to use."""
-
-    def install(act):
-        cross_entropy, calls = train_script.F.cross_entropy, iter(range(10**6))
-
-        def wrapped(logits, targets, **options):
-            loss = cross_entropy(logits, targets, **options)
-            return act(next(calls), loss) if logits.requires_grad else loss
-
-        monkeypatch.setattr(train_script.F, "cross_entropy", wrapped)
-
-    return install
-
-
-def interrupt(number: int):
-    """Sends this process a SIGTERM at one of the losses."""
-
-    def act(call, loss):
-        if call == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss
-
-    return act
 
 
 def test_a_run_and_what_it_writes(train, load, tmp_path, capsys):
@@ -88,6 +59,7 @@ def test_another_run_is_not_overwritten(train, load, tmp_path):
 @pytest.mark.parametrize("stop_at", [2, UPDATES - 1, UPDATES])
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(train, load, on_loss, stop_at):
     flags = ("--ema-decay", "0.9", "--aa", "rand-m5", "--reprob", "0.3", "--mixup", "0.5", "--drop-path", "0.2")
+    flags += ("--mesa", "1.5", "--sched-on-epochs", "--epochs", "3")
     assert train("whole", *flags) == 0
     before = signal.getsignal(signal.SIGTERM)
     on_loss(interrupt(stop_at))
@@ -133,7 +105,7 @@ def test_checkpoints_within_an_epoch(train, load, on_loss):
     assert_same_run(load("whole"), load("run"))
 
 
-@pytest.mark.parametrize("mixing", [(), ("--mixup", "0.8", "--cutmix", "1.0")])
+@pytest.mark.parametrize("mixing", [(), ("--mixup", "0.8", "--cutmix", "1.0", "--mesa", "2", "--ema-decay", "0.8")])
 def test_accumulation_equals_a_larger_batch(train, load, mixing):
     train("large", "--epochs", "2", "--clip-grad", "1.0", *mixing)
     train("parts", "--epochs", "2", "--clip-grad", "1.0", *mixing, "--batch-size", "60", "--grad-accum", "4")
@@ -146,9 +118,10 @@ def test_accumulation_equals_a_larger_batch(train, load, mixing):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(train, load, precision):
-    assert train("run", "--precision", precision, "--warmup-epochs", "0", "--epochs", "3") == 0
+    flags = ("--ema-decay", "0.5", "--mesa", "0.1")
+    assert train("run", "--precision", precision, "--warmup-epochs", "0", "--epochs", "3", *flags) == 0
     history = load("run")["history"]
-    assert history[-1]["train_loss"] < history[0]["train_loss"] < 2.5
+    assert history[-1]["val_loss"] < history[0]["val_loss"] < 2.5
     assert history[-1]["skipped_updates"] == 0
     assert (load("run")["scaler"]["scale"] > 1) == (precision == "fp16")
 
@@ -244,14 +217,6 @@ def test_a_linear_probe_keeps_running_statistics(train, load):
     for key, value in fresh.state_dict().items():
         if "running" in key:
             assert torch.equal(load("probe")["state_dict"][key], value)
-
-
-def test_layer_decay_and_weight_decay_groups(train, load):
-    assert train("run", "--layer-decay", "0.5", "--epochs", "2") == 0
-    groups = load("run")["optimizer"]["param_groups"]
-    assert {group["lr_scale"] for group in groups} == {0.125, 0.25, 0.5, 1.0}  # embedding, two blocks, head
-    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
-    assert all(group["lr"] == pytest.approx(groups[-1]["lr"] * group["lr_scale"]) for group in groups)
 
 
 def test_fine_tuning_with_other_classes_and_another_resolution(train, load, pictures, tmp_path, capsys):

@@ -12,7 +12,7 @@ from torch import nn
 
 from flash_bla.layers import create_attention
 
-NAMES = ["linear", "focused", "pola", "mlla", "rala", "softmax"]
+NAMES = ["linear", "focused", "pola", "mlla", "rala", "rala_softmax", "softmax"]
 DIM, HEADS = 24, 3
 
 
@@ -144,13 +144,30 @@ def rala(module, x, grid):
     return module.proj((channels(out) + depthwise(v, grid, module.lepe.weight, module.lepe.bias)) * gate)
 
 
+def rala_softmax(module, x, grid):
+    q, k, v, gate = module.qkvo(x).chunk(4, dim=-1)
+    n = DIM // HEADS // 4
+    angles = token_angles(grid, x.shape[1] - grid[0] * grid[1], [10000 ** (-j / max(n - 1, 1)) for j in range(n)])
+    weights = (turn(heads(q), angles) @ turn(heads(k), angles).transpose(-1, -2) / math.sqrt(DIM // HEADS)).exp()
+    out = weights / weights.sum(dim=-1, keepdim=True) @ heads(v)
+    return module.proj((channels(out) + depthwise(v, grid, module.lepe.weight, module.lepe.bias)) * gate)
+
+
 def softmax(module, x, grid):
     q, k, v = (heads(y) for y in module.qkv(x).chunk(3, dim=-1))
     weights = (q @ k.transpose(-1, -2) / math.sqrt(DIM // HEADS)).exp()
     return module.proj(channels(weights / weights.sum(dim=-1, keepdim=True) @ v))
 
 
-FORMULAS = {"linear": linear, "focused": focused, "pola": pola, "mlla": mlla, "rala": rala, "softmax": softmax}
+FORMULAS = {
+    "linear": linear,
+    "focused": focused,
+    "pola": pola,
+    "mlla": mlla,
+    "rala": rala,
+    "rala_softmax": rala_softmax,
+    "softmax": softmax,
+}
 
 
 def relative_error(actual, expected):
@@ -166,7 +183,7 @@ def test_formula_and_its_gradients(name, grid, prefix):
     x, x_expected = (tokens(grid, prefix).requires_grad_() for _ in range(2))
     actual, expected = attention(x, grid), FORMULAS[name](expected_attention, x_expected, grid)
     assert actual.shape == x.shape
-    tolerance = 1e-6 if name in ("mlla", "rala") else 1e-9  # rotary tables are float32
+    tolerance = 1e-6 if name in ("mlla", "rala", "rala_softmax") else 1e-9  # rotary tables are float32
     assert relative_error(actual, expected) < tolerance
 
     output_grad = torch.randn_like(actual)
@@ -283,6 +300,7 @@ def test_compile_export_and_meta(name):
         ),
         ("mlla", {"qk.weight": (48, 24), "lepe.weight": (24, 1, 3, 3)}),
         ("rala", {"qkvo.weight": (96, 24), "lepe.weight": (24, 1, 5, 5), "proj.weight": (24, 24)}),
+        ("rala_softmax", {"qkvo.weight": (96, 24), "lepe.weight": (24, 1, 5, 5), "proj.weight": (24, 24)}),
     ],
 )
 def test_entries_are_named_as_in_official_checkpoints(name, shapes):

@@ -45,7 +45,7 @@ def test_registered_attention_is_created_by_name(monkeypatch):
     ("call", "error", "message"),
     [
         (lambda: create_attention("polaa", 32, 4), ValueError, "no attention is called 'polaa'; did you mean 'pola'"),
-        (lambda: create_attention("xyz", 32, 4), ValueError, "valid are focused, linear, mlla"),
+        (lambda: create_attention("xyz", 32, 4), ValueError, "valid are cross_window, focused"),
         (lambda: create_attention("linear", 32, 4, alpha=3), TypeError, "alpha"),
         (lambda: create_attention("linear", 32, 5), ValueError, "dim=32 cannot be divided into 5 heads"),
         (lambda: create_attention("softmax", 32, 5), ValueError, "dim=32 cannot be divided into 5 heads"),

@@ -16,6 +16,7 @@ import flash_bla.models  # noqa: F401
 
 FOLDER = Path(__file__).parent / "golden"
 FIXED = ("attn_mask", "relative_position_index", "rotations", "angle", "num_batches_tracked")
+GOLDEN = sorted(path.stem for path in FOLDER.glob("*.npz"))
 VARIANTS = json.loads((FOLDER / "variants.json").read_text())
 
 
@@ -48,7 +49,18 @@ def load_golden(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch
     return entries, image, logits, norms
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.npz")))
+def misread_gradient(module, args, output):
+    """Makes an error of PyTorch again that stands in the official gradients of MLLA.
+
+    PyTorch (2.13 and 2.15 were tried) can err in the backward pass of BatchNorm: on the CPU, for one image, an NCHW map
+    and a channels-last gradient, it takes the gradient's memory for NCHW. It did so in the official model's last
+    downsampling. Maps here are channels-last and the gradients right, see test_families.py.
+    """
+    B, H, W, C = output.shape
+    output.register_hook(lambda grad: grad.reshape(B, C, H, W).permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
 def test_outputs_and_gradients_are_the_official_ones(name):
     entries, image, logits, norms = load_golden(name)
     model = timm.create_model(name, dtype=torch.float64).eval()
@@ -58,6 +70,8 @@ def test_outputs_and_gradients_are_the_official_ones(name):
     # The official entries are the leaves of the graph: what the filter joins and reshapes is then differentiated too.
     leaves = {key: entries[key].requires_grad_() for key in norms}
     adapted = model._checkpoint_filter_fn(entries, model)
+    if name == "mlla_tiny":
+        model.stages[3].downsample.register_forward_hook(misread_gradient)
     output = torch.func.functional_call(model, adapted, image)
     assert (output - logits).norm() <= 1e-6 * logits.norm()
     weights = torch.from_numpy(np.random.RandomState(1).standard_normal(tuple(logits.shape)))
@@ -75,3 +89,16 @@ def test_parameter_counts_are_the_official_ones(name):
     model = timm.create_model(name, device="meta")
     assert sum(p.numel() for p in model.parameters()) == facts["parameters"] - facts["unused_parameters"]
     assert model.default_cfg["input_size"] == (3, facts["image_size"], facts["image_size"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="takes minutes in Triton's interpreter")
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_kernels_give_the_official_logits(name, precision, tolerance, monkeypatch):
+    monkeypatch.setenv("FLASH_BLA_BACKEND", "triton")
+    entries, image, logits, _ = load_golden(name)
+    model = timm.create_model(name, device="cuda").eval()
+    model.load_state_dict(entries)
+    with torch.no_grad(), torch.autocast("cuda", precision, enabled=precision != torch.float32):
+        output = model(image.float().cuda()).double().cpu()
+    assert (output - logits).norm() <= tolerance * logits.norm()

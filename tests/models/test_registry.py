@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.data import create_transform, resolve_data_config
+from torchvision.transforms import CenterCrop, Resize
 
 import flash_bla
 from flash_bla.configs import config_path, load_yaml
@@ -104,6 +107,7 @@ def test_packaged_file_copied_to_a_new_name(write):
         ("family: vit\nmodel: [1]", r"model must be dict\[str, Any\] \| None"),
         ("family: vit\npretrained: {in1k: {urll: x}}", "pretrained: in1k: unknown key 'urll'; did you mean 'url'"),
         ("family: vit\npretrained: {in1k: 3}", r"pretrained: in1k must be dict\[str, Any\]"),
+        ("family: vit\npretrained: {in1k: {reported_top1: high}}", "in1k: reported_top1 must be float, got 'high'"),
         ("family: vit\nname: a.b", "'a.b' is no name for a model"),
         ("family: vit\nname: pola_vit_tiny", "defines another model 'pola_vit_tiny'"),
         ("family: vit\nname: resnet18", "'resnet18' exists already"),
@@ -202,3 +206,51 @@ def test_another_process_in_a_folder_with_models_of_its_own(write, tmp_path):
         "print(tuple(model(torch.zeros(1, 3, 40, 32)).shape))\n"
     )
     assert out.strip() == "(1, 7)"
+
+
+# Pretrained tags -----------------------------------------------------------------------------------------------------
+
+TAGGED = [
+    (name, tag)
+    for name in timm.list_models(module=list(FAMILIES))
+    for tag in read_config(config_path(name)).pretrained
+    if tag != "untrained"
+]
+OFFICIAL = [
+    "mlla_tiny", "mlla_small", "mlla_base", "flatten_pvt_tiny", "flatten_pvt_v2_b0", "flatten_swin_tiny",
+    "flatten_swin_small", "flatten_swin_base", "flatten_swin_base_384", "flatten_cswin_tiny",
+    "ravlt_tiny", "ravlt_small", "ravlt_base", "ravlt_large",
+]  # fmt: skip
+
+
+def test_models_with_an_official_file_are_pretrained():
+    ours = set(timm.list_models(module=list(FAMILIES)))
+    listed = {name for name in timm.list_pretrained() if name.split(".")[0] in ours}
+    assert listed == {f"{name}.in1k" for name in OFFICIAL}
+
+
+@pytest.mark.parametrize(("name", "tag"), TAGGED)
+def test_tags_say_where_the_weights_are_and_what_they_are(name, tag):
+    cfg = timm.get_pretrained_cfg(f"{name}.{tag}")
+    assert timm.get_pretrained_cfg(name) == cfg  # the default
+    assert cfg.num_classes == 1000 and cfg.interpolation == "bicubic" and cfg.license
+    figure = read_config(config_path(name)).pretrained[tag]["reported_top1"]
+    assert cfg.notes == (f"top-1 accuracy reported by the paper: {figure} %",)
+    place = cfg.url or cfg.hf_hub_filename and f"https://huggingface.co/{cfg.hf_hub_id}" or cfg.origin_url
+    assert re.match(r"https://(cloud\.tsinghua\.edu\.cn/f/\w{20}/\?dl=1|huggingface\.co/\w+/\w+)$", place)
+
+
+@pytest.mark.parametrize(
+    ("name", "resized", "size"),
+    [
+        ("mlla_tiny", 256, 224), ("ravlt_tiny", 256, 224), ("flatten_pvt_tiny", (256, 256), 224),
+        ("flatten_pvt_v2_b0", (256, 256), 224), ("pola_swin_tiny", (256, 256), 224),
+        ("flatten_cswin_tiny", (256, 256), 224), ("pola_swin_base_384", (384, 384), 384),
+        ("flatten_swin_base_384", (384, 384), 384), ("flatten_cswin_base_384", (438, 438), 384),
+    ],
+)  # fmt: skip
+def test_images_are_resized_and_cropped_as_officially(name, resized, size):
+    cfg = timm.get_pretrained_cfg(name).to_dict()
+    steps = create_transform(**resolve_data_config({}, pretrained_cfg=cfg)).transforms
+    resize, crop = (next(step for step in steps if isinstance(step, kind)) for kind in (Resize, CenterCrop))
+    assert resize.size == resized and tuple(crop.size) == (size, size)

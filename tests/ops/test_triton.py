@@ -169,7 +169,7 @@ def test_compiled_gradients():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_operations_are_counted_as_those_of_the_reference(name):
-    """The operators tell ``FlopCounterMode`` how much they multiply; the reference's products are counted one by one."""
+    """The operators tell ``FlopCounterMode`` their sum; the reference's products are counted one by one."""
     inputs = make_inputs((2, 3, 20, 20, 16, 24), VARIANTS[name], torch.float32)
     counts = []
     for backend in ("triton", "reference"):
