@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from typing import Any
+from urllib.parse import urlparse
 
 import timm
 import torch
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from flash_bla.configs import FOLDER
 from flash_bla.models.registry import ModelConfig, read_config
 
-COLUMNS = "| model | attention | parameters (M) | GMACs | activations (M) | input | top-1 | weights |"
+COLUMNS = "| model | attention | parameters (M) | GMACs | activations (M) | input | top-1, reported | weights |"
 
 
 class ActivationCounter(TorchDispatchMode):
@@ -50,11 +52,22 @@ def _row(config: ModelConfig) -> tuple[tuple, str]:
     parameters, macs, activations = measure(model, torch.empty(1, *size, device="meta"))
     attention = config.args["attention"]
     attention = attention if isinstance(attention, str) else ", ".join(dict.fromkeys(attention))
+    tag = config.pretrained.get("in1k", {})
     line = (
         f"| `{config.name}` | {attention} | {parameters / 1e6:.1f} | {macs / 1e9:.1f} | {activations / 1e6:.0f} "
-        f"| {size[1]} × {size[2]} |  | {', '.join(config.pretrained) or 'none'} |"
+        f"| {size[1]} × {size[2]} | {tag.get('reported_top1', '')} | {_source(tag)} |"
     )
     return (config.family, attention, math.prod(size), macs), line
+
+
+def _source(tag: dict[str, Any]) -> str:
+    """Where the weights are, and under which licence."""
+    hub = tag.get("hf_hub_id")
+    address = tag.get("url") or tag.get("origin_url") or (hub and f"https://huggingface.co/{hub}")
+    if not address:
+        return "none"
+    licence = {"mit": "MIT"}.get(tag["license"], tag["license"])
+    return f"[{urlparse(address).netloc}]({address}), licence: {licence}"
 
 
 if __name__ == "__main__":
