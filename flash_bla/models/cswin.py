@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, calculate_drop_path_rates
 from torch import Tensor, nn
 
@@ -223,11 +222,7 @@ FAMILY = Family(
         "classifier": "head.fc",
         "crop_pct": 0.875,
         "crop_mode": "squash",
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
     },
-    feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
     filter_fn=checkpoint_filter_fn,
     reduction=32,
 )

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, calculate_drop_path_rates
 from torch import Tensor, nn
 
@@ -245,11 +244,7 @@ FAMILY = Family(
         "first_conv": "stages.0.downsample.conv1.conv",
         "classifier": "head.fc",
         "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
     },
-    feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
     filter_fn=checkpoint_filter_fn,
     reduction=32,
 )

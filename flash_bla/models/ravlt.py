@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
@@ -219,11 +218,7 @@ FAMILY = Family(
         "first_conv": "stages.0.downsample.0",
         "classifier": "head.fc",
         "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
     },
-    feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
     filter_fn=checkpoint_filter_fn,
     reduction=32,
 )

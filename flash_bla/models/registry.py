@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -49,16 +50,16 @@ class Family:
 
     Attributes:
         model_cls: Its class; ``img_size``, ``in_chans`` and ``num_classes`` are among the arguments.
-        pretrained_cfg: Entries of timm's pretrained_cfg that all its models share.
-        feature_cfg: How ``features_only`` extracts features, see ``timm.models.build_model_with_cfg``.
+        pretrained_cfg: Entries of timm's pretrained_cfg that all its models share, besides those that all families do.
         filter_fn: Maps a pretrained state dict to the model's names, ``(state_dict, model) -> state_dict``.
+        out_indices: What ``features_only`` gives by default: a list of indices, or how many of the last.
         reduction: Stride of the map that the head pools; None where it pools tokens.
     """
 
     model_cls: type[nn.Module]
     pretrained_cfg: dict[str, Any]
-    feature_cfg: dict[str, Any]
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None
+    out_indices: int | tuple[int, ...] = (0, 1, 2, 3)
     reduction: int | None = None
 
 
@@ -249,7 +250,7 @@ def _build(name: str, family_name: str, pretrained: bool = False, **kwargs: Any)
         name,
         pretrained,
         pretrained_filter_fn=filter_fn,
-        feature_cfg=dict(family.feature_cfg),  # timm writes into it
+        feature_cfg={"out_indices": family.out_indices, "feature_cls": "getter"},
         **kwargs,
     )
 
@@ -272,7 +273,14 @@ def _pretrained_cfg(family_name: str, args: dict[str, Any]) -> dict[str, Any]:
         args.get(key, parameters[key].default) for key in ("img_size", "in_chans", "num_classes")
     )
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    cfg = {**family.pretrained_cfg, "input_size": (in_chans, height, width), "num_classes": num_classes}
+    cfg = {
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "input_size": (in_chans, height, width),
+        "num_classes": num_classes,
+        **family.pretrained_cfg,
+    }
     if family.reduction:
         cfg["pool_size"] = (-(-height // family.reduction), -(-width // family.reduction))
     return cfg

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
@@ -188,11 +187,7 @@ FAMILY = Family(
         "classifier": "head.fc",
         "crop_pct": 0.875,
         "crop_mode": "squash",
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
     },
-    feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
     filter_fn=checkpoint_filter_fn,
     reduction=32,
 )

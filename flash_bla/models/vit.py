@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
@@ -270,13 +269,6 @@ def _resample_on_load(module: VisionTransformer, state_dict: dict[str, Any], pre
 
 FAMILY = Family(
     VisionTransformer,
-    pretrained_cfg={
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-    },
-    feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+    pretrained_cfg={"first_conv": "patch_embed.proj", "classifier": "head", "crop_pct": 0.9},
+    out_indices=3,
 )
