@@ -5,17 +5,23 @@
     python eval.py --checkpoint best.pt --data-dir /data/imagenet --img-size 336 448 --crop-pct 1.0
     python eval.py --checkpoint official.pth --model mlla_tiny --data-dir /data/imagenet
     python eval.py --model vit_small_patch16_224 --pretrained --data-dir /data/imagenet
-    torchrun --nproc-per-node 8 eval.py --checkpoint best.pt --data-dir /data/imagenet --output results/imagenet
+    torchrun --nproc-per-node 8 eval.py --checkpoint best.pt --data-dir /data/imagenet --output results/pola_tiny
+    python eval.py --checkpoint best.pt --suite imagenet=/data/imagenet imagenet-a=/data/imagenet-a --sizes 224 288
+    python eval.py --compare results/*.json --output comparison
     python eval.py --checkpoint best.pt --image cat.jpg dog.jpg
 
 A checkpoint of train.py says which model, classes and input it was trained with, and on which data set, so that it can
 be evaluated by its name alone; every flag wins over it. Under torchrun every image is counted exactly once.
+
+OUTPUT.json and OUTPUT.csv hold a row for each size and data set, OUTPUT.classes.csv the accuracy of each class.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +32,14 @@ from torch import nn
 from tqdm import tqdm
 
 from flash_bla.engine.checkpoint import AVERAGED, is_own, load_weights, read_checkpoint, write_atomically
+from flash_bla.engine.comparison import compare
 from flash_bla.engine.config import EvalConfig, RunError, parse_eval
 from flash_bla.engine.data import ToDevice, check_classes, class_names_of, eval_loader, open_dataset, resolve_data
-from flash_bla.engine.evaluation import autocast, evaluate
+from flash_bla.engine.evaluation import autocast, evaluate, throughput
 from flash_bla.engine.logs import csv_text
 from flash_bla.engine.model import create_model, rebuild_model
 from flash_bla.engine.processes import Processes, start_processes
+from flash_bla.engine.suites import EvalSet, open_suites
 
 
 def load_model(config: EvalConfig) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
@@ -51,40 +59,85 @@ def load_model(config: EvalConfig) -> tuple[nn.Module, dict[str, Any], dict[str,
     return model, resolve_data(config, model, description, content.get("data")), content
 
 
-def evaluate_dataset(config: EvalConfig, processes: Processes) -> dict[str, Any]:
-    """Top-1, top-5, loss and speed on a data set; also written to OUTPUT.json and OUTPUT.csv."""
-    model, data, content = load_model(config)
+def open_datasets(config: EvalConfig, model: nn.Module, content: dict[str, Any]) -> list[EvalSet]:
+    """The suites of the settings; without any, the data set that they name or that the checkpoint was trained with."""
+    class_names = content.get("class_names")
+    if config.suite:
+        return open_suites(config, model.num_classes, class_names)
     trained = content.get("config", {"dataset": "folder", "val_split": "validation"})
-    for key in ("dataset", "data_dir", "val_split"):
-        if getattr(config, key) is None:
-            setattr(config, key, trained.get(key))
+    given = {key: getattr(config, key) for key in ("dataset", "data_dir", "val_split")}
+    config = replace(config, **{key: trained.get(key) if value is None else value for key, value in given.items()})
     # The classes' numbers are the checkpoint's, even if the folder lacks some of them.
-    dataset = open_dataset(config, training=False, class_names=content.get("class_names"), batch_size=config.batch_size)
-    check_classes(model.num_classes, class_names_of(dataset), config.dataset)
+    dataset = open_dataset(config, training=False, class_names=class_names, batch_size=config.batch_size)
+    class_names = class_names_of(dataset)
+    check_classes(model.num_classes, class_names, config.dataset)
+    return [EvalSet(config.dataset, config.data_dir, config.val_split, dataset, class_names)]
 
-    model.to(processes.device)
-    loader = eval_loader(config, dataset, data, processes)
-    to_device = ToDevice(data["mean"], data["std"], processes.device)
-    bar = tqdm(loader, unit="batch", disable=None if processes.first else True)
-    figures = evaluate(model, bar, to_device, processes, config.precision)
 
-    weights = "ema" if config.use_ema and any(content.get(key) for key in AVERAGED) else "model"
-    result = {"model": config.model or content["model"]["name"], "checkpoint": config.checkpoint, "weights": weights}
-    result |= {key: getattr(config, key) for key in ("dataset", "data_dir", "val_split")}
-    result |= {key: data[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
-    result |= figures | {"precision": config.precision, "device": processes.device.type, "processes": processes.count}
-    if processes.first:
-        print(
-            f"{result['model']} on {config.dataset}, {figures['images']} images at {data['input_size'][1:]}: "
-            f"top-1 {figures['top1']:.2f} %, top-{min(5, model.num_classes)} {figures['top5']:.2f} %, "
-            f"loss {figures['loss']:.4f}, {figures['images_per_second']:.0f} images/s"
-        )
-        if config.output:
-            Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(f"{config.output}.json", json.dumps(result, indent=2).encode())
-            write_atomically(f"{config.output}.csv", csv_text([result]).encode())
-            print(f"written to {config.output}.json and {config.output}.csv")
-    return result
+def evaluate_datasets(config: EvalConfig, processes: Processes) -> list[dict[str, Any]]:
+    """Accuracies, loss, calibration and speed, a row for each size and data set; also written to files of OUTPUT."""
+    rows, class_rows, datasets = [], [], None
+    for size in config.sizes or [None]:
+        if size:
+            config.img_size = [size]
+        model, data, content = load_model(config)
+        datasets = datasets or open_datasets(config, model, content)  # all of them, before hours go into the first
+        model.to(processes.device)
+        to_device = ToDevice(data["mean"], data["std"], processes.device)
+        speed = throughput(model, data["input_size"], config.batch_size, processes.device, config.precision)
+
+        has_average = any(content.get(key) for key in AVERAGED)
+        facts = {
+            "model": config.model or content["model"]["name"],
+            "checkpoint": config.checkpoint,
+            "weights": "ema" if config.use_ema and has_average else "model",
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        run = {key: data[key] for key in ("input_size", "crop_pct", "crop_mode", "interpolation")}
+        run |= {"precision": config.precision, "batch_size": config.batch_size}
+        run |= {"device": processes.device.type, "processes": processes.count, "throughput": speed}
+        for entry in datasets:
+            loader = eval_loader(config, entry.dataset, data, processes)
+            bar = tqdm(loader, unit="batch", disable=None if processes.first else True)
+            figures = evaluate(model, bar, to_device, processes, config.precision, entry.classes, entry.labels)
+            classes = figures.pop("classes")
+            place = {"dataset": entry.name, "data_dir": entry.folder, "val_split": entry.split}
+            rows.append(facts | place | run | figures)
+            class_rows += rows_of_classes(rows[-1], classes, entry.class_names)
+            if processes.first:
+                report(rows, class_rows, config.output)
+    if processes.first and config.output:
+        print(f"written to {config.output}.json, {config.output}.csv and {config.output}.classes.csv")
+    return rows
+
+
+def rows_of_classes(
+    row: dict[str, Any], classes: list[list[int]], class_names: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """A row for each class that has images: how many, and the part of them that is recognised, in per cent."""
+    words = ImageNetInfo().label_descriptions(as_dict=True)
+    names = class_names or [str(number) for number in range(len(classes))]
+    place = {key: row[key] for key in ("dataset", "data_dir", "input_size")}
+    return [
+        place | {"class": name, "name": words.get(name, name), "images": images, "top1": 100 * right / images}
+        for name, (images, right) in zip(names, classes, strict=True)
+        if images
+    ]
+
+
+def report(rows: list[dict[str, Any]], class_rows: list[dict[str, Any]], output: str | None) -> None:
+    """Prints the last row, and writes all so far: what is done is kept if a later data set fails."""
+    row = rows[-1]
+    print(
+        f"{row['model']} on {row['dataset']}, {row['images']} images at {row['input_size'][1:]}: "
+        f"top-1 {row['top1']:.2f} %, top-5 {row['top5']:.2f} %, loss {row['loss']:.4f}, ECE {row['ece']:.2f} %, "
+        f"{row['images_per_second']:.0f} images/s, {row['throughput']:.0f} without reading them"
+    )
+    if output:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(f"{output}.json", json.dumps(rows, indent=2).encode())
+        write_atomically(f"{output}.csv", csv_text(rows).encode())
+        write_atomically(f"{output}.classes.csv", csv_text(class_rows).encode())
 
 
 @torch.no_grad()
@@ -117,12 +170,14 @@ def classify_images(config: EvalConfig, processes: Processes) -> dict[str, list[
     return answers
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Settings, processes, evaluation."""
+def main(argv: list[str] | None = None) -> list[dict[str, Any]] | dict[str, list[tuple[str, float]]]:
+    """Settings, processes, evaluation: its rows of figures, or the best classes of pictures by their file."""
     config = parse_eval(argv)
+    if config.compare:
+        return compare(config.compare, config.output)
     processes = start_processes(config.device, config.threads)
     try:
-        return (classify_images if config.image else evaluate_dataset)(config, processes)
+        return (classify_images if config.image else evaluate_datasets)(config, processes)
     finally:
         processes.close()
 

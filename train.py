@@ -9,7 +9,8 @@ Started again with the same output folder, a run goes on where it was, also afte
 function of (seed, epoch, update, process): on the CPU an interrupted run ends with the very bits of one that was not.
 
 The output folder holds last.pt, previous.pt and best.pt (see flash_bla/engine/checkpoint.py), log.csv, tensorboard/,
-config.yaml, and at the end curve.png and summary.json. It must be the same folder for all processes.
+config.yaml, preview.png (the first batch), and at the end curve.png and summary.json. It must be the same folder for
+all processes.
 
 Exit codes: 0 the run is complete, 1 it failed, 2 wrong flags, 75 it was asked to stop (SIGTERM or Ctrl-C), finished its
 update and saved: start it again to go on.
@@ -39,14 +40,18 @@ from flash_bla.engine.data import (
     check_classes,
     class_names_of,
     eval_loader,
+    image_count,
     open_dataset,
     resolve_data,
     train_loader,
 )  # fmt: skip
+from flash_bla.engine.distillation import Teacher, distillation_loss
 from flash_bla.engine.evaluation import autocast, evaluate
+from flash_bla.engine.finetune import choose_trained, replace_attention, start_training
 from flash_bla.engine.logs import LossMeter, RunLog, memory_used, warn
 from flash_bla.engine.model import create_model
 from flash_bla.engine.norms import RunningStatistics, sync_batch_norms
+from flash_bla.engine.pictures import save_preview
 from flash_bla.engine.processes import Processes, StopRequest, mixed_seed, start_processes
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again"
@@ -68,10 +73,9 @@ def train(config: TrainConfig, processes: Processes) -> int:
     torch.manual_seed(config.seed)
     model, description = create_model(config, num_classes, drop_path_rate=config.drop_path)
     data = resolve_data(config, model, description)
-    notes = load_weights(model, read_checkpoint(config.weights), config.weights) if config.weights else []
-    if config.freeze_backbone:
-        model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
+    take_over = replace_attention if config.replace_attention else load_weights
+    notes = take_over(model, read_checkpoint(config.weights), config.weights) if config.weights else []
+    choose_trained(model, config)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)
     if config.sync_bn:
@@ -79,9 +83,10 @@ def train(config: TrainConfig, processes: Processes) -> int:
     model.to(device)
     statistics = RunningStatistics(model, processes)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    teacher = Teacher(config, num_classes, data, device) if config.teacher or config.teacher_weights else None
 
     # Optimisation. An update is `total_batch` images, however many passes and processes share them.
-    order = TrainOrder(len(train_set), config, processes)
+    order = TrainOrder(image_count(train_set), config, processes)
     updates = order.updates_per_epoch
     rates, averaging = config.learning_rates(order.total_batch), config.averaging(order.total_batch)
     optimizer = create_optimizer_v2(
@@ -114,15 +119,18 @@ def train(config: TrainConfig, processes: Processes) -> int:
 
     # Where the run stands: what the output folder holds is taken up, if it is of this very run.
     settings = as_dict(config) | {"total_batch": order.total_batch, "data": data}
-    settings |= {"train_images": len(train_set), "val_images": len(val_set)}
+    settings |= {"train_images": image_count(train_set), "val_images": image_count(val_set)}
     meter = LossMeter(processes, config.max_nonfinite)
-    epoch, update, history, best, unreadable, started = 0, 0, [], -1.0, set(), time.time()
+    epoch, update, history, best, unreadable, started = 0, 0, [], -1.0, set(), time.monotonic()
 
     def learning_rate() -> float:
         return max(group["lr"] for group in optimizer.param_groups)  # layer decay lowers the others
 
     def snapshot() -> dict[str, Any]:
-        """All that the run needs to go on from here, and all that others need to use its model."""
+        """All that the run needs to go on from here, and all that others need to use its model.
+
+        To be called by all processes together.
+        """
         return {
             "model": description,
             "state_dict": model.state_dict(),
@@ -135,7 +143,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
             "history": history,
             "best": best,
             "unreadable": sorted(unreadable),
-            "seconds": time.time() - started,
+            "seconds": time.monotonic() - started,
             "meter": meter.state(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
@@ -143,6 +151,8 @@ def train(config: TrainConfig, processes: Processes) -> int:
 
     folder = CheckpointFolder(config.output, warn, writes=processes.first)
     state = folder.load()
+    if len(set(processes.gather(state and (state["epoch"], state["update"])))) > 1:
+        raise RunError(f"the processes see different checkpoints: {config.output} must be one folder for all of them")
     if state is not None:
         folder.check_same_run(state, snapshot())
         model.load_state_dict(state["state_dict"])
@@ -152,9 +162,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
         scaler.load_state_dict(state["scaler"])
         meter.start_epoch(state["meter"])
         epoch, update, history, best = state["epoch"], state["update"], state["history"], state["best"]
-        unreadable, started = set(state["unreadable"]), time.time() - state["seconds"]
-    if len(set(processes.gather((epoch, update)))) > 1:
-        raise RunError(f"the processes see different checkpoints: {config.output} must be one folder for all of them")
+        unreadable, started = set(state["unreadable"]), time.monotonic() - state["seconds"]
     schedule.step(epoch)  # of these two calls the one does nothing that is not `sched_on_epochs`
     schedule.step_update(epoch * updates + update)
 
@@ -163,7 +171,8 @@ def train(config: TrainConfig, processes: Processes) -> int:
     passes = f"{config.batch_size} in a pass x {config.grad_accum} passes x {processes.count} processes"
     facts = {
         "model": f"{config.model}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M to train",
-        "data": f"{config.dataset}, {len(train_set)} images, {len(val_set)} held out, {num_classes} classes",
+        "data": f"{config.dataset}, {settings['train_images']} images, {settings['val_images']} held out, "
+        f"{num_classes} classes",
         "input": data,
         "update": f"{order.total_batch} images ({passes}), {updates} updates an epoch",
         "rates": rates | averaging,
@@ -174,13 +183,13 @@ def train(config: TrainConfig, processes: Processes) -> int:
 
     # Training.
     train_model, eval_model = model, ema.module if ema else model
-    teacher = ema.module if config.mesa else None
+    average = ema.module if config.mesa else None
     if processes.count > 1:
         devices = [device] if device.type == "cuda" else None
         train_model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # see `statistics`
     if config.compile:
         train_model = torch.compile(train_model)
-        teacher = torch.compile(teacher) if config.mesa else None
+        average = torch.compile(average) if config.mesa else None
     to_device = ToDevice(data["mean"], data["std"], device)
     order.start = (epoch, update)
     batches = iter(train_loader(config, train_set, data, order, device)) if epoch < epochs else None
@@ -189,14 +198,11 @@ def train(config: TrainConfig, processes: Processes) -> int:
     quiet = None if processes.first else True  # None: unless it goes to a terminal
     bar = tqdm(total=epochs * updates, initial=done, unit="update", dynamic_ncols=True, disable=quiet)
     stop = StopRequest(processes)
-    saved, save_time = True, time.time()
+    saved, save_time = True, time.monotonic()
     try:
         while epoch < epochs:
-            model.train()
-            if config.freeze_backbone:  # fixed means fixed: no drop path, no running statistics
-                model.eval()
-                model.get_classifier().train()
-            epoch_clock = clock = time.time()
+            start_training(model, config)
+            epoch_clock = clock = time.monotonic()
             epoch_start = window_start = update
             while update < updates:
                 # One update: forward and backward over its images, then one step.
@@ -210,6 +216,8 @@ def train(config: TrainConfig, processes: Processes) -> int:
                     images, targets = to_device(images, targets)
                     if mixup:
                         images, targets = mixup(images, targets, epoch, update)
+                    if config.preview and processes.first and done == micro == 0:
+                        save_preview(config.output, images, targets, data, class_names, config.smoothing)
                     # Dropout and drop path are a function of the place in the run, not of what was drawn before it.
                     torch.manual_seed(mixed_seed(config.seed, epoch, update, micro, processes.rank))
                     # DDP averages the gradients over the processes in the last backward pass of the update.
@@ -219,9 +227,14 @@ def train(config: TrainConfig, processes: Processes) -> int:
                             logits = train_model(images)
                         smoothing = 0.0 if mixup else config.smoothing  # mixed targets are smooth already
                         part = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                        if teacher:
+                            lesson = distillation_loss(
+                                logits.float(), teacher(images), config.distill, config.distill_tau
+                            )
+                            part = (1 - config.distill_alpha) * part + config.distill_alpha * lesson
                         if config.mesa and 4 * epoch >= config.epochs:
                             with torch.no_grad(), autocast(device, config.precision):
-                                taught = teacher(images).float().softmax(dim=1)
+                                taught = average(images).float().softmax(dim=1)
                             part = part + config.mesa * F.cross_entropy(logits.float(), taught)
                         part = part / config.grad_accum
                         loss += part.detach()
@@ -245,21 +258,22 @@ def train(config: TrainConfig, processes: Processes) -> int:
 
                 if done % config.log_every == 0:  # reading figures waits for the device: now and then is enough
                     window_loss, _, _ = meter.read()
-                    speed = (update - window_start) * order.total_batch / (time.time() - clock)
+                    speed = (update - window_start) * order.total_batch / (time.monotonic() - clock)
                     figures = {"loss": window_loss, "lr": learning_rate(), "images_per_second": speed}
                     log.window(done, bar, **figures, memory_gib=memory_used(device), grad_norm=float(grad_norm))
-                    clock, window_start = time.time(), update
-                if stop.agreed():
+                    clock, window_start = time.monotonic(), update
+                minutes = (time.monotonic() - save_time) / 60
+                asked_to_stop, due = stop.agreed(save=0 < config.save_minutes <= minutes)
+                if asked_to_stop:
                     saved = folder.save_last(snapshot())
                     log.say(f"asked to stop after update {update} of epoch {epoch + 1}{'' if saved else ', NOT saved'}")
                     return STOPPED if saved else 1
-                minutes = (time.time() - save_time) / 60
-                if 0 < config.save_minutes <= minutes or (config.save_updates and done % config.save_updates == 0):
-                    saved, save_time = folder.save_last(snapshot()), time.time()
+                if due or (config.save_updates and done % config.save_updates == 0):
+                    saved, save_time = folder.save_last(snapshot()), time.monotonic()
 
             # The end of an epoch: evaluation, logs, checkpoints.
             _, train_loss, skipped = meter.read()
-            speed = (update - epoch_start) * order.total_batch / (time.time() - epoch_clock)
+            speed = (update - epoch_start) * order.total_batch / (time.monotonic() - epoch_clock)
             row = {"epoch": epoch + 1, "updates": done, "lr": learning_rate(), "train_loss": train_loss}
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs:
                 try:
@@ -270,7 +284,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
                 row |= {"val_loss": figures["loss"], "top1": figures["top1"], "top5": figures["top5"]}
             unreadable.update(*processes.gather(unreadable))
             row |= {"images_per_second": speed, "skipped_updates": skipped, "unreadable_images": len(unreadable)}
-            log.epoch(row | {"seconds": time.time() - started})
+            log.epoch(row | {"seconds": time.monotonic() - started})
             epoch, update = epoch + 1, 0
             schedule.step(epoch)
             meter.start_epoch()
@@ -278,7 +292,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
                 best = row["top1"]
                 folder.save_best(snapshot())
             if epoch % config.save_epochs == 0 or epoch == epochs:
-                saved, save_time = folder.save_last(snapshot()), time.time()
+                saved, save_time = folder.save_last(snapshot()), time.monotonic()
     finally:
         batches = val_batches = None  # ends the loader processes
         bar.close()

@@ -33,6 +33,7 @@ from torch import nn
 
 import flash_bla.models.weights  # noqa: F401 - torch.load then accepts what official files hold besides weights
 from flash_bla.engine.config import RunError, differences
+from flash_bla.models.vit import VisionTransformer
 
 AVERAGED = ("state_dict_ema", "model_ema")  # where a file keeps a moving average of its weights
 
@@ -159,8 +160,10 @@ class CheckpointFolder:
         return saved
 
     def save_best(self, checkpoint: dict[str, Any]) -> bool:
-        """Saves the best weights so far; returns whether it worked."""
-        return self._save(self.best, {k: v for k, v in checkpoint.items() if k not in ("optimizer", "scaler")})
+        """Saves the best weights so far, for others to use: adapters merged; returns whether it worked."""
+        best = {k: v for k, v in checkpoint.items() if k not in ("optimizer", "scaler")}
+        best |= {k: merge_adapters(best[k]) for k in ("state_dict", "state_dict_ema") if best.get(k)}
+        return self._save(self.best, best)
 
     def _save(self, path: Path, checkpoint: dict[str, Any], keep: Path | None = None) -> bool:
         if not self._writes:
@@ -184,14 +187,31 @@ def is_own(checkpoint: dict[str, Any]) -> bool:
 
 
 def state_dict_of(checkpoint: dict[str, Any], use_ema: bool = True) -> dict[str, torch.Tensor]:
-    """The weights in a file, from under whatever key they stand, without the prefixes of DDP and torch.compile."""
+    """The weights in a file, from under whatever key they stand.
+
+    The prefixes of DDP and torch.compile are taken off, and low-rank adapters merged.
+    """
     keys = (AVERAGED if use_ema else ()) + ("state_dict", "model")
-    for key in keys:
-        if isinstance(checkpoint.get(key), dict) and _is_state_dict(checkpoint[key]):
-            return clean_state_dict(checkpoint[key])
-    if _is_state_dict(checkpoint):
-        return clean_state_dict(checkpoint)
+    for content in (*(checkpoint.get(key) for key in keys), checkpoint):
+        if isinstance(content, dict) and _is_state_dict(content):
+            return merge_adapters(clean_state_dict(content))
     raise RunError("the file holds no weights")
+
+
+def merge_adapters(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights with low-rank adapters as plain weights, W + BA; those without are returned as they are.
+
+    The names are peft's, the adapters those of `flash_bla.engine.finetune.add_adapters`, whose scale is 1.
+    """
+    merged = {}
+    for key, value in state_dict.items():
+        layer, base, leaf = key.rpartition(".base_layer.")
+        if base and leaf == "weight":
+            a, b = (state_dict[f"{layer}.lora_{letter}.default.weight"] for letter in "AB")
+            value = value + b @ a
+        if ".lora_" not in key:
+            merged[f"{layer}.{leaf}" if base else key] = value
+    return merged
 
 
 def _is_state_dict(content: dict[str, Any]) -> bool:
@@ -222,22 +242,35 @@ def load_weights(model: nn.Module, checkpoint: dict[str, Any], name: str, *, use
     if adapt is not None:
         state_dict = adapt(state_dict, model)
     notes = []
-    head_entries = _classifier_entries(model)
+    head_entries = classifier_entries(model)
     if any(k not in state_dict or state_dict[k].shape != v.shape for k, v in head_entries.items()):
         there = next((len(state_dict[k]) for k in head_entries if k in state_dict), None)
         here = next(iter(head_entries.values())).shape[0]
         has = f"{there} classes" if there else "no classifier"
         notes.append(f"{name} has {has}: new classifier for {here} classes")
         state_dict = state_dict | head_entries
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise RunError(f"{name} is the checkpoint of another model:\n" + "\n".join(_shortened(lines))) from error
+    hint = ""
+    if isinstance(model, VisionTransformer) and "blocks.0.attn.qkv.weight" in state_dict:
+        hint = "\ntrain.py --replace-attention starts from a vision transformer with softmax attention"
+    load_entries(model, state_dict, f"{name} is the checkpoint of another model", hint)
     return notes
 
 
-def _classifier_entries(model: nn.Module) -> dict[str, torch.Tensor]:
+def load_entries(model: nn.Module, entries: dict[str, torch.Tensor], trouble: str, hint: str = "") -> None:
+    """Loads the entries of a model.
+
+    Raises:
+        RunError: They are not all of them, or do not fit; `trouble`, the first of them and `hint` are its message.
+    """
+    try:
+        model.load_state_dict(entries)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise RunError("\n".join([f"{trouble}:", *_shortened(lines)]) + hint) from error
+
+
+def classifier_entries(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The classifier's entries under their names in the model's state dict."""
     classifier = model.get_classifier()
     name = next((n for n, module in model.named_modules() if module is classifier), None)
     if name is None:

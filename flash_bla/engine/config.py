@@ -10,16 +10,13 @@ A recipe may name another one (`recipe: imagenet`), over whose settings its own 
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from flash_bla.configs import FOLDER, check_entries, config_path, load_yaml
+from flash_bla.engine.flags import converted, parse_flags, yaml_hint
 from flash_bla.models import read_config, register_config
 
 Config = TypeVar("Config", bound="CommonConfig")
@@ -70,6 +67,9 @@ class CommonConfig:
         "data loading processes of a process; none: one for each of its CPU cores, up to 16",
         free=True,
     )
+    loader_timeout: float = setting(
+        "data", 600.0, "seconds without a batch after which a loader process counts as hanging; 0: never", free=True
+    )
     mean: list[float] | None = setting("data", None, "mean of each channel; none: the model's own")
     std: list[float] | None = setting("data", None, "standard deviation of each channel; none: the model's own")
     interpolation: str | None = setting("data", None, "bilinear, bicubic, ...; none: the model's own")
@@ -95,8 +95,20 @@ class TrainConfig(CommonConfig):
         "model", None, "name or file of a recipe, in place of the one that the YAML names", free=True, cli=True
     )
     weights: str | None = setting("model", None, "checkpoint, state dict or safetensors file to fine-tune from")
+    replace_attention: bool = setting(
+        "model",
+        False,
+        "the --weights are those of a vision transformer with softmax attention: take over what is not the attention's "
+        "own, and begin with a classifier of zeros",
+    )
     drop_path: float | None = setting("model", None, "stochastic depth rate; none: the model's own")
     freeze_backbone: bool = setting("model", False, "train the classifier alone (linear probe)")
+    freeze: list[str] | None = setting(
+        "model", None, "do not train the parameters whose names match one of these patterns, as 'blocks.[0-5].*'"
+    )
+    lora: int | None = setting(
+        "model", None, "train adapters of this rank on the linear layers of the blocks, and the classifier (needs peft)"
+    )
     grad_checkpointing: bool = setting("model", False, "recompute activations in the backward pass", free=True)
     compile: bool = setting("model", False, "torch.compile the model", free=True)
 
@@ -117,6 +129,20 @@ class TrainConfig(CommonConfig):
     mixup_prob: float = setting("augmentation", 1.0, "probability that a batch is mixed")
     mixup_switch_prob: float = setting("augmentation", 0.5, "probability of cutmix where both are on")
     smoothing: float = setting("augmentation", 0.1, "label smoothing")
+
+    teacher: str | None = setting(
+        "distillation",
+        None,
+        "flash_bla or timm model to learn from, with the weights that timm knows for it or --teacher-weights",
+    )
+    teacher_weights: str | None = setting(
+        "distillation", None, "the teacher's file of weights; a checkpoint of train.py says itself which model it is of"
+    )
+    distill: Literal["soft", "hard"] = setting(
+        "distillation", "hard", "learn the teacher's probabilities (soft), or the class that it finds likeliest (hard)"
+    )
+    distill_alpha: float = setting("distillation", 0.5, "share of the teacher in the loss; the labels have the rest")
+    distill_tau: float = setting("distillation", 1.0, "soft: temperature of the probabilities")
 
     epochs: int = setting("optimisation", 100, "epochs of the cosine schedule, warm-up included")
     grad_accum: int = setting("optimisation", 1, "forward passes in one update", free=True)
@@ -151,6 +177,7 @@ class TrainConfig(CommonConfig):
     seed: int = setting("run", 0, "seed of weights, data order and augmentation")
     eval_every: int = setting("run", 1, "evaluate after every so many epochs, and after the last", free=True)
     log_every: int = setting("run", 50, "updates between two log entries", free=True)
+    preview: bool = setting("run", True, "write preview.png, the first batch as the model gets it", free=True)
     save_epochs: int = setting("run", 1, "epochs between two checkpoints", free=True)
     save_minutes: float = setting("run", 10.0, "minutes between two checkpoints within an epoch; 0: none", free=True)
     save_updates: int = setting("run", 0, "updates between two checkpoints within an epoch; 0: none", free=True)
@@ -177,11 +204,21 @@ class EvalConfig(CommonConfig):
 
     checkpoint: str | None = setting("model", None, "checkpoint of train.py; with --model, any file of weights")
     use_ema: bool = setting("model", True, "take the averaged weights where the file has them")
+    sizes: list[int] | None = setting("model", None, "evaluate at each of these square sizes, in place of --img-size")
+    suite: list[str] | None = setting(
+        "data",
+        None,
+        "imagenet, imagenet-real, -v2, -a, -r or -sketch, or several of them, each as NAME=FOLDER or as NAME alone for "
+        "the folder --data-dir; in place of --dataset",
+    )
     dataset: str | None = setting("data", None, "as for train.py; none: the checkpoint's")
     data_dir: str | None = setting("data", None, "root folder of the data set; none: the checkpoint's")
     val_split: str | None = setting("data", None, "name of the split to evaluate on; none: the checkpoint's")
     image: list[str] | None = setting("data", None, "print the five best classes of these pictures instead")
-    output: str | None = setting("run", None, "write the result to OUTPUT.json and OUTPUT.csv")
+    output: str | None = setting("run", None, "write the results to OUTPUT.json, OUTPUT.csv and OUTPUT.classes.csv")
+    compare: list[str] | None = setting(
+        "run", None, "print a table of these OUTPUT.json instead, and draw it to the OUTPUT.png of --output"
+    )
 
 
 def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -194,7 +231,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         RunError: A YAML holds an unknown key or a wrong type, or the settings contradict each other.
     """
     usage = "train.py (--config FILE | --model NAME) [settings]"
-    given = _parse_flags(TrainConfig, usage, "Train an image classifier.", argv)
+    given = parse_flags(TrainConfig, usage, "Train an image classifier.", argv)
     if ("config" in given) == ("model" in given):
         raise RunError("name the model: either --config FILE or --model NAME")
     values: dict[str, Any] = {}
@@ -220,12 +257,17 @@ def parse_eval(argv: Sequence[str] | None = None) -> EvalConfig:
     """The settings of an evaluation from its command line.
 
     Raises:
-        RunError: Neither a checkpoint nor a model is named.
+        RunError: Neither a checkpoint nor a model is named, or the settings contradict each other.
     """
-    usage = "eval.py (--checkpoint FILE | --model NAME) [settings]"
-    config = EvalConfig(**_parse_flags(EvalConfig, usage, "Evaluate an image classifier.", argv))
-    if not (config.checkpoint or config.model):
+    usage = "eval.py (--checkpoint FILE | --model NAME | --compare FILES) [settings]"
+    config = EvalConfig(**parse_flags(EvalConfig, usage, "Evaluate an image classifier.", argv))
+    if not (config.checkpoint or config.model or config.compare):
         raise RunError("name what to evaluate: --checkpoint FILE, --model NAME, or both")
+    for one, other in (("sizes", "img_size"), ("suite", "dataset")):
+        if getattr(config, one) and getattr(config, other):
+            raise RunError(f"{one}: it takes the place of {other}, give one of them")
+    if config.sizes and min(config.sizes) < 1:
+        raise RunError(f"sizes: must be at least 1, got {config.sizes}")
     return _check_common(config)
 
 
@@ -258,8 +300,8 @@ def check_settings(kind: type[Config], values: dict[str, Any], where: str) -> di
         ValueError: A key is no setting or a value has a wrong type; `where`, the key and what is valid are named.
     """
     hints = get_type_hints(kind)
-    check_entries(values, {f.name: _yaml_hint(hints[f.name]) for f in fields(kind) if not f.metadata["cli"]}, where)
-    return {key: _converted(value, hints[key]) for key, value in values.items()}
+    check_entries(values, {f.name: yaml_hint(hints[f.name]) for f in fields(kind) if not f.metadata["cli"]}, where)
+    return {key: converted(value, hints[key]) for key, value in values.items()}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -268,7 +310,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     A setting that is younger than the old run had its default there.
     """
     free = {f.name for f in fields(TrainConfig) if f.metadata["free"]}
-    old = as_dict(TrainConfig()) | old
+    old, new = (as_dict(TrainConfig()) | settings for settings in (old, new))
     keys = [key for key in {**old, **new} if key not in free]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
@@ -286,6 +328,8 @@ def _check_common(config: Config) -> Config:
             raise RunError(f"{name}: must be at least 1, got {getattr(config, name)}")
     if config.workers is not None and config.workers < 0:
         raise RunError(f"workers: must be at least 0, got {config.workers}")
+    if config.loader_timeout < 0:
+        raise RunError(f"loader_timeout: must be at least 0, got {config.loader_timeout:g}")
     return config
 
 
@@ -306,86 +350,19 @@ def _check_train(config: TrainConfig) -> TrainConfig:
         raise RunError(f"ema_decay: between 0 and 1, or none, got {config.ema_decay}")
     if config.mesa and config.ema_decay is None:
         raise RunError(f"mesa: {config.mesa:g} learns from the averaged weights, but ema_decay is none")
+    if config.replace_attention and not config.weights:
+        raise RunError("replace_attention: name the file to take over with --weights")
+    if config.lora is not None and config.lora < 1:
+        raise RunError(f"lora: a rank of at least 1, got {config.lora}")
+    training = [name for name in ("freeze_backbone", "freeze", "lora") if getattr(config, name)]
+    if len(training) > 1:
+        raise RunError(f"{training[0]}: says what to train, and so does {training[1]}; choose one of them")
+    if config.replace_attention and training and not config.freeze:
+        raise RunError(f"{training[0]}: would leave the new attention untrained; without replace_attention only")
+    if not 0 <= config.distill_alpha <= 1:
+        raise RunError(f"distill_alpha: between 0 and 1, got {config.distill_alpha:g}")
+    if config.distill_tau <= 0:
+        raise RunError(f"distill_tau: more than 0, got {config.distill_tau:g}")
     if (config.mixup or config.cutmix) and config.batch_size % 2:
         raise RunError(f"batch_size: mixup and cutmix mix pairs and want an even number, got {config.batch_size}")
     return config
-
-
-# The types of settings are few: int, float, str, bool, dict, a Literal of words, a list of these, any of them or None.
-
-
-def _parts(hint: Any) -> tuple[Any, bool, bool]:
-    """A type hint as (the type of one value, whether it is a list of these, whether it may be None)."""
-    kinds = [hint] if get_origin(hint) in (None, list, Literal) else list(get_args(hint))
-    optional = type(None) in kinds
-    many = next((kind for kind in kinds if get_origin(kind) is list), None)
-    return (get_args(many)[0] if many else kinds[0]), many is not None, optional
-
-
-def _yaml_hint(hint: Any) -> Any:
-    """What a YAML may hold for a setting: a list of one may stand there without its brackets."""
-    kind, many, _ = _parts(hint)
-    return hint | kind if many else hint
-
-
-def _converted(value: Any, hint: Any) -> Any:
-    kind, many, _ = _parts(hint)
-    if value is None:
-        return None
-    if many:
-        return [_converted(item, kind) for item in (value if isinstance(value, list) else [value])]
-    return float(value) if kind is float else value
-
-
-def _parse_flags(kind: type[Config], usage: str, description: str, argv: Sequence[str] | None) -> dict[str, Any]:
-    """The settings that stand on the command line, and no others."""
-    # With SUPPRESS a flag that is not given leaves no trace, so that it cannot hide what a YAML says.
-    parser = argparse.ArgumentParser(
-        usage=usage, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
-    hints = get_type_hints(kind)
-    groups: dict[str, Any] = {}
-    for item in fields(kind):
-        heading = item.metadata["group"]
-        if heading not in groups:
-            groups[heading] = parser.add_argument_group(heading)
-        _add_flag(groups[heading], item, hints[item.name])
-    given = {}
-    for key, value in vars(parser.parse_args(argv)).items():
-        given[key] = dict(value) if hints[key] is dict else None if value in ([None], "none") else value
-    return given
-
-
-def _add_flag(group: Any, item: Field, hint: Any) -> None:
-    kind, many, optional = _parts(hint)
-    default = item.default if item.default is not MISSING else item.default_factory()
-    shown = " ".join(f"{value:g}" for value in default) if isinstance(default, list) else default
-    text = f"{item.metadata['help']} (default: {'none' if shown in (None, {}) else shown})".replace("%", "%%")
-    if kind is bool:
-        options = {"action": argparse.BooleanOptionalAction}
-    elif kind is dict:
-        options = {"nargs": "+", "type": _key_value, "metavar": "KEY=VALUE"}
-    elif get_origin(kind) is Literal:
-        options = {"choices": [*get_args(kind), *(["none"] if optional else [])]}
-    else:
-        options = {"type": _reader(kind, optional), "metavar": item.name.upper()} | ({"nargs": "+"} if many else {})
-    group.add_argument("--" + item.name.replace("_", "-"), help=text, **options)
-
-
-def _reader(kind: type, optional: bool) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        return None if optional and text == "none" else kind(text)
-
-    read.__name__ = kind.__name__  # argparse names it in its errors
-    return read
-
-
-def _key_value(text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not (key and separator):
-        raise argparse.ArgumentTypeError(f"expected key=value, got {text!r}")
-    value = yaml.safe_load(value)
-    if isinstance(value, str):
-        with suppress(ValueError):  # YAML reads 5e-4 as text
-            value = float(value)
-    return key, value

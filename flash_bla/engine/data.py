@@ -9,8 +9,7 @@ is the same whether one process takes the total batch or several share it.
 from __future__ import annotations
 
 import os
-import signal
-import sys
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,19 +17,21 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_dataset, create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from flash_bla.engine.config import CommonConfig, RunError, TrainConfig
+from flash_bla.engine.erasing import ErasedImages, ErasingTransform
+from flash_bla.engine.loaders import EvalStream, Item, Loader, StreamLoader, TrainStream, loader_options
 from flash_bla.engine.processes import Processes, mixed_seed, seed_host
 
 # Folder names that are splits and not classes, to notice a root folder that was given in place of one of them.
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "test"}
-PREFETCHED_BATCHES = 4  # by each loader process
+TRAIN_NAMES = ("train", "training")  # one split by either name, as timm has it
+EVAL_NAMES = ("val", "valid", "validation", "eval", "evaluation")
+SPLIT_NAMES = {*TRAIN_NAMES, *EVAL_NAMES, "test"}
 REPLACEMENTS = 10  # images tried, one after the other, before a training run gives up on unreadable ones
-
-Item = tuple[torch.Tensor, int, list[str]]  # image, class, and what could not be read on the way to it
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
@@ -92,16 +93,24 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
             "(torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME)"
         )
     class_map = {label: index for index, label in enumerate(class_names)} if class_names and not name else None
+    root = config.data_dir if name else _tar_of(config.data_dir, split) or config.data_dir
     try:
         dataset = create_dataset(
-            name, root=config.data_dir, split=split, class_map=class_map, is_training=training,
+            name, root=root, split=split, class_map=class_map, is_training=training,
             download=config.download, **(reading if name.startswith(("tfds/", "wds/", "hfids/")) else {}),
         )  # fmt: skip
-    except (RuntimeError, AssertionError, ImportError, OSError, ValueError) as error:
-        raise RunError(f"the data set {config.dataset!r} in {config.data_dir} cannot be read: {error}") from error
-    if not name and os.path.isdir(config.data_dir):
+    except (RuntimeError, AssertionError, ImportError, OSError, ValueError, tarfile.TarError) as error:
+        raise RunError(f"the data set {config.dataset!r} in {root} cannot be read: {error}") from error
+    if not name and os.path.isdir(root):
         _check_folder(config.data_dir, dataset.reader.root, split, class_names)
     return dataset
+
+
+def _tar_of(root: str, split: str) -> str | None:
+    """The file `root/SPLIT.tar`, if there is one and no folder of the split."""
+    same = next((names for names in (TRAIN_NAMES, EVAL_NAMES) if split in names), ())
+    paths = [os.path.join(root, name) for name in (split, *same)]
+    return next((f"{path}.tar" for path in paths if os.path.isfile(f"{path}.tar") and not os.path.isdir(path)), None)
 
 
 def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str] | None) -> None:
@@ -121,6 +130,11 @@ def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str]
             raise RunError(f"images must stand in a folder of their class, but there are some in {path} itself")
         if has_images and known and os.path.basename(path) not in known:
             raise RunError(f"the folder {path} is none of the {len(known)} classes of the model")
+
+
+def image_count(dataset: Any) -> int:
+    """The number of images; of a stream in all its shards, whichever of them this process will read."""
+    return dataset.reader.num_samples if isinstance(dataset, IterableDataset) else len(dataset)
 
 
 def class_names_of(dataset: Any) -> list[str] | None:
@@ -251,25 +265,6 @@ class EvalImages(Dataset):
         return self.transform(image), target, []
 
 
-class Stream(IterableDataset):
-    """A sequential data set of timm (webdataset, TFDS, streamed Hugging Face), which shuffles and shards by itself.
-
-    It cannot be read at a given place, so the promises of this module do not reach it: a run that is taken up again
-    starts the stream anew, and its order depends on the number of processes.
-    """
-
-    def __init__(self, dataset: Any, transform: Callable, mode: str, seed: int, epochs: range):
-        self.dataset, self.transform, self.mode, self.seed, self.epochs = dataset, transform, mode, seed, epochs
-
-    def __iter__(self) -> Iterator[Item]:
-        worker = get_worker_info()
-        for epoch in self.epochs:
-            self.dataset.set_epoch(epoch)
-            for number, (image, target) in enumerate(self.dataset):
-                seed_host(mixed_seed(self.seed, epoch, worker.id if worker else 0, number))
-                yield self.transform(image.convert(self.mode)), int(target), []
-
-
 class TrainOrder(Sampler):
     """The batches of a whole run, from any update on, as lists of keys (epoch, image, copy).
 
@@ -327,20 +322,23 @@ def train_loader(
 ) -> DataLoader:
     """Batches (images, classes, unreadable) of the run from `order.start` on.
 
-    Images come as uint8 and are normalised on the device. Where random erasing is on they come as normalised floats,
-    because it fills with noise of the normalised range.
+    Images come as uint8 and are normalised on the device, where what random erasing took is filled in too.
     """
     transform = create_transform(
         data["input_size"], is_training=True, mean=data["mean"], std=data["std"], interpolation=data["interpolation"],
         scale=config.scale, ratio=config.ratio, hflip=config.hflip, vflip=config.vflip,
-        color_jitter=config.color_jitter, auto_augment=config.aa,
-        re_prob=config.reprob, re_mode=config.remode, re_count=config.recount, use_prefetcher=config.reprob == 0,
+        color_jitter=config.color_jitter, auto_augment=config.aa, use_prefetcher=True,
     )  # fmt: skip
-    options = _loader_options(config, device)
+    if config.reprob:
+        erasing = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device="cpu")
+        transform = ErasingTransform(transform, erasing)
+    options = loader_options(config, device)
     if isinstance(dataset, IterableDataset):
-        stream = Stream(dataset, transform, data["mode"], config.seed, range(order.start[0], sys.maxsize))
-        return DataLoader(stream, batch_size=config.batch_size, drop_last=True, **options)
-    return DataLoader(TrainImages(dataset, transform, data["mode"], config.seed), batch_sampler=order, **options)
+        # The readers shuffle by the seeds of the loader processes, which come from this generator.
+        generator = torch.Generator().manual_seed(mixed_seed(config.seed, order.rank))
+        stream = TrainStream(dataset, transform, data["mode"], order)
+        return StreamLoader(stream, batch_size=config.batch_size, generator=generator, **options)
+    return Loader(TrainImages(dataset, transform, data["mode"], config.seed), batch_sampler=order, **options)
 
 
 def eval_loader(config: CommonConfig, dataset: Any, data: dict[str, Any], processes: Processes) -> DataLoader:
@@ -349,33 +347,12 @@ def eval_loader(config: CommonConfig, dataset: Any, data: dict[str, Any], proces
         data["input_size"], is_training=False, interpolation=data["interpolation"], mean=data["mean"], std=data["std"],
         crop_pct=data["crop_pct"], crop_mode=data["crop_mode"], use_prefetcher=True,
     )  # fmt: skip
-    options = _loader_options(config, processes.device) | {"batch_size": config.batch_size}
+    options = loader_options(config, processes.device) | {"batch_size": config.batch_size}
     if isinstance(dataset, IterableDataset):
-        return DataLoader(Stream(dataset, transform, data["mode"], seed=0, epochs=range(1)), **options)
+        return Loader(EvalStream(dataset, transform, data["mode"], processes), **options)
     share = range(processes.rank, len(dataset), processes.count)
     options["persistent_workers"] = options["num_workers"] > 0
-    return DataLoader(EvalImages(dataset, transform, data["mode"]), sampler=share, **options)
-
-
-def _loader_options(config: CommonConfig, device: torch.device) -> dict[str, Any]:
-    workers = config.workers
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    options = {"num_workers": workers, "collate_fn": _collate, "worker_init_fn": _start_worker}
-    options["pin_memory"] = device.type == "cuda"  # what lets a copy to the GPU run beside the host
-    return options | ({"prefetch_factor": PREFETCHED_BATCHES} if workers else {})
-
-
-def _collate(items: list[Item]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    images, targets = default_collate([item[:2] for item in items])
-    return images, targets, [message for item in items for message in item[2]]
-
-
-def _start_worker(worker: int) -> None:
-    """Lets a loader process outlive a signal to the whole process group, so that the running update can be finished."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    return Loader(EvalImages(dataset, transform, data["mode"]), sampler=share, **options)
 
 
 class ToDevice:
@@ -386,11 +363,14 @@ class ToDevice:
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
         self.std = torch.tensor(std, device=device).view(-1, 1, 1) * 255
 
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, batch: torch.Tensor | ErasedImages, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images = batch.images if isinstance(batch, ErasedImages) else batch
         images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = images.float().sub_(self.mean).div_(self.std)
+        if isinstance(batch, ErasedImages):
+            batch.write(images)
         return images, targets
 
 

@@ -40,8 +40,8 @@ class LossMeter:
         self._seen = list(state[:2])
 
     def state(self) -> list[float]:
-        """This process's sums of the epoch."""
-        return self._sums.tolist()
+        """The epoch's sums, averaged over the processes: each of them takes the epoch up from these."""
+        return self._processes.mean(self._sums).tolist()
 
     def update(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Counts an update; it was skipped if the gradient's norm is not finite."""

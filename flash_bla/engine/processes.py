@@ -89,7 +89,7 @@ def seed_host(seed: int) -> None:
 
 
 class StopRequest:
-    """A wish to stop, by SIGTERM or Ctrl-C, on which all processes agree.
+    """A wish to stop, by SIGTERM or Ctrl-C, on which all processes agree; and one to save, by their clocks.
 
     The first signal asks. A second Ctrl-C interrupts at once; more SIGTERMs change nothing, because a process can well
     get one from its group and one from torchrun.
@@ -113,15 +113,22 @@ class StopRequest:
         for sig, handler in self._before.items():
             signal.signal(sig, handler)
 
-    def agreed(self) -> bool:
-        """Whether to stop now. To be called by all processes equally often; the answer is the same on all."""
+    def agreed(self, save: bool = False) -> tuple[bool, bool]:
+        """Whether to stop now, and whether to save. To be called by all processes equally often.
+
+        Args:
+            save: Whether this process wishes that all of them save, as its clock has it: clocks differ.
+
+        Returns:
+            Whether any process wishes so, the same on all of them.
+        """
         if self._group is None:
-            return self.received
-        answer = False
+            return self.received, save
+        answer = [False, False]
         if self._pending is not None:
-            work, flag = self._pending
+            work, flags = self._pending
             work.wait()
-            answer = bool(flag.item())
-        flag = torch.tensor([int(self.received)])
-        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
-        return answer
+            answer = flags.bool().tolist()
+        flags = torch.tensor([self.received, save and not answer[1]], dtype=torch.int32)  # granted now: not again
+        self._pending = (dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True), flags)
+        return answer[0], answer[1]

@@ -9,6 +9,7 @@ from flash_bla.layers.attention import (
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.cross_window import CrossShapedWindowAttention
 from flash_bla.layers.focused import FocusedLinearAttention
+from flash_bla.layers.generalized_linear import GeneralizedLinearAttention
 from flash_bla.layers.linear import LinearAttention
 from flash_bla.layers.mamba_like import MambaLikeLinearAttention
 from flash_bla.layers.pola import PolaLinearAttention
@@ -23,6 +24,7 @@ __all__ = [
     "DepthwiseConv",
     "FocusedLinearAttention",
     "GatedSoftmaxAttention",
+    "GeneralizedLinearAttention",
     "KeyPositionalEncoding",
     "LinearAttention",
     "MambaLikeLinearAttention",

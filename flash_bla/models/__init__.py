@@ -6,3 +6,11 @@ from flash_bla.models.registry import register_packaged_configs as _register_pac
 _register_packaged_configs()
 
 __all__ = ["ModelConfig", "build_model", "describe_model", "read_config", "register_config"]
+
+
+def __getattr__(name: str):
+    if name == "LinFusion":  # not above, because it imports diffusers, which not everyone has
+        from flash_bla.models.linfusion import LinFusion
+
+        return LinFusion
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

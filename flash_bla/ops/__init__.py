@@ -1,13 +1,15 @@
-"""Operators on tensors: bidirectional linear attention as PyTorch reference and as Triton kernels."""
+"""Operators on tensors, as PyTorch reference and as Triton kernels: linear and piecewise sparse attention."""
 
 from flash_bla.ops.feature_maps import FeatureMap, focusing_power, signed_power
 from flash_bla.ops.linear_attention import decoupled_la, linear_attention, simple_la, varlen_linear_attention
+from flash_bla.ops.piecewise_sparse import piecewise_sparse_attention
 
 __all__ = [
     "FeatureMap",
     "decoupled_la",
     "focusing_power",
     "linear_attention",
+    "piecewise_sparse_attention",
     "signed_power",
     "simple_la",
     "varlen_linear_attention",

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from flash_bla.ops import triton_linear_attention
+from flash_bla.ops.arguments import autocast, check_device, check_tensors, choose_backend, expect
 from flash_bla.ops.feature_maps import FeatureMap, focusing_norm_ratio, resolve_feature_map
 from flash_bla.ops.reference import linear_attention_reference
-from flash_bla.ops.triton_support import HAS_TRITON, INTERPRETING
-from flash_bla.tracing import is_exporting
-
-BACKENDS = ("reference", "triton")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def linear_attention(
@@ -63,16 +57,16 @@ def linear_attention(
     Reference:
         Katharopoulos et al., "Transformers are RNNs", ICML 2020.
     """
-    q, k, v = _autocast(q, k, v)
-    _check_tensors({"q": q, "k": k, "v": v}, "(B, H, N, D)", ndim=4)
+    q, k, v = autocast(q, k, v)
+    check_tensors({"q": q, "k": k, "v": v}, "(B, H, N, D)", ndim=4)
     feature_map = resolve_feature_map(feature_map)
     B, H, N, D = q.shape
     M = k.shape[2]
-    _expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
-    _expect("v", v, (B, H, M, v.shape[3]), "(B, H, M, Dv) with B, H of q and M of k")
+    expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
+    expect("v", v, (B, H, M, v.shape[3]), "(B, H, M, Dv) with B, H of q and M of k")
     _check_feature_map(feature_map, q, v, rope)
     if key_weight is not None:
-        _check_device("key_weight", key_weight, q)
+        check_device("key_weight", key_weight, q)
         try:
             key_weight = key_weight.expand(B, H, M)
         except RuntimeError as error:
@@ -128,14 +122,14 @@ def decoupled_la(
     Returns:
         ``(B, H, N, Dv)``.
     """
-    q, k, q_rope, k_rope, v = _autocast(q, k, q_rope, k_rope, v)
-    _check_tensors({"q": q, "k": k, "q_rope": q_rope, "k_rope": k_rope, "v": v}, "(B, H, N, D)", ndim=4)
+    q, k, q_rope, k_rope, v = autocast(q, k, q_rope, k_rope, v)
+    check_tensors({"q": q, "k": k, "q_rope": q_rope, "k_rope": k_rope, "v": v}, "(B, H, N, D)", ndim=4)
     B, H, _, D = q.shape
     M = k.shape[2]
-    _expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
-    _expect("v", v, (B, H, M, v.shape[3]), "(B, H, M, Dv) with B, H of q and M of k")
-    _expect("q_rope", q_rope, tuple(q.shape), "the shape of q")
-    _expect("k_rope", k_rope, tuple(k.shape), "the shape of k")
+    expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
+    expect("v", v, (B, H, M, v.shape[3]), "(B, H, M, Dv) with B, H of q and M of k")
+    expect("q_rope", q_rope, tuple(q.shape), "the shape of q")
+    expect("k_rope", k_rope, tuple(k.shape), "the shape of k")
     return _run(q_rope, k_rope, v, FeatureMap("identity"), backend, q_denominator=q, k_denominator=k, scale=scale,
                 eps=eps)  # fmt: skip
 
@@ -168,13 +162,13 @@ def varlen_linear_attention(
     Returns:
         ``(total, H, Dv)``.
     """
-    q, k, v = _autocast(q, k, v)
-    _check_tensors({"q": q, "k": k, "v": v}, "(total, H, D)", ndim=3)
+    q, k, v = autocast(q, k, v)
+    check_tensors({"q": q, "k": k, "v": v}, "(total, H, D)", ndim=3)
     feature_map = resolve_feature_map(feature_map)
     total, H, _ = q.shape
-    _expect("k", k, tuple(q.shape), "the shape of q")
-    _expect("v", v, (total, H, v.shape[2]), "(total, H, Dv) with total, H of q")
-    _check_device("cu_seqlens", cu_seqlens, q)
+    expect("k", k, tuple(q.shape), "the shape of q")
+    expect("v", v, (total, H, v.shape[2]), "(total, H, Dv) with total, H of q")
+    check_device("cu_seqlens", cu_seqlens, q)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"cu_seqlens must be int32 of shape (sequences + 1,), got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
@@ -188,7 +182,7 @@ def varlen_linear_attention(
 
 
 def _run(q, k, v, feature_map, backend, *, max_seqlen=None, **arguments) -> Tensor:
-    if _choose_backend(backend, q) == "reference":
+    if choose_backend(backend, q) == "reference":
         return linear_attention_reference(q, k, v, feature_map, **arguments)
     query_weight, key_weight = None, arguments.pop("key_weight", None)
     if feature_map.name == "focusing_power":  # the kernels compute uᵖ; the norm ratio joins as a weight per token
@@ -202,66 +196,11 @@ def _run(q, k, v, feature_map, backend, *, max_seqlen=None, **arguments) -> Tens
     )
 
 
-def _choose_backend(backend: str | None, q: Tensor) -> str:
-    backend = backend or os.environ.get("FLASH_BLA_BACKEND") or None
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
-    if is_exporting():
-        return "reference"  # an exported program must run where this package is not installed
-    if backend is None:
-        return "triton" if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 else "reference"
-    if backend == "triton":
-        if not HAS_TRITON:
-            raise ValueError("backend 'triton' was asked for, but Triton is not installed")
-        if q.dtype == torch.float64:
-            raise TypeError("backend 'triton' takes float16, bfloat16 or float32; float64 is for the reference")
-        if not (q.is_cuda or q.is_meta or INTERPRETING):
-            raise ValueError(
-                f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got tensors on {q.device.type}"
-            )
-    return backend
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's type, where it is on."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
-        return tensors  # meta tensors know no autocast
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in tensors)
-
-
-def _check_tensors(tensors: dict[str, Tensor], shape: str, ndim: int) -> None:
-    first_name, first = next(iter(tensors.items()))
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.ndim != ndim:
-            raise ValueError(f"{name} must have {ndim} dimensions {shape}, got {tuple(x.shape)}")
-        if x.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}")
-        _check_device(name, x, first)
-
-
-def _check_device(name: str, x: Tensor, like: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.device != like.device:
-        raise ValueError(f"{name} must be on the device of q, {like.device}, got {x.device}")
-
-
-def _expect(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must have shape {meaning}, here {shape}, got {tuple(x.shape)}")
-
-
 def _check_feature_map(feature_map: FeatureMap, q: Tensor, v: Tensor, rope) -> None:
     if feature_map.parameter is not None:
         shape = (q.shape[1], q.shape[3])
-        _expect(f"the parameter of {feature_map.name}", feature_map.parameter, shape, "(H, D)")
-        _check_device(f"the parameter of {feature_map.name}", feature_map.parameter, q)
+        expect(f"the parameter of {feature_map.name}", feature_map.parameter, shape, "(H, D)")
+        check_device(f"the parameter of {feature_map.name}", feature_map.parameter, q)
     if feature_map.signed and v.shape[-1] % 2:
         raise ValueError(f"signed_power splits v's channels in two: Dv must be even, got {v.shape[-1]}")
     if feature_map.signed and rope is not None:
@@ -275,7 +214,7 @@ def _check_rope(rope, q: Tensor, M: int) -> tuple[Tensor, Tensor]:
     if M != N or D % 2:
         raise ValueError(f"rope needs as many keys as queries and an even head width, got N={N}, M={M}, D={D}")
     for name, table in zip(("rope's cos", "rope's sin"), rope, strict=True):
-        _check_device(name, table, q)
+        check_device(name, table, q)
         if table.ndim != 3 or table.shape[0] not in (1, H) or tuple(table.shape[1:]) != (N, D // 2):
             raise ValueError(f"{name} must have shape (1 or H, N, D/2), here ({H}, {N}, {D // 2}), "
                              f"got {tuple(table.shape)}")  # fmt: skip

@@ -5,11 +5,10 @@ It is also what runs where Triton cannot. Sums, features and denominators are fl
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
+from flash_bla.ops.arguments import without_autocast
 from flash_bla.ops.feature_maps import FeatureMap
 
 
@@ -48,7 +47,7 @@ def linear_attention_reference(
 
     out_dtype = v.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
-    with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         weight = None if key_weight is None else key_weight.to(dtype).unsqueeze(-1)
         if feature_map.signed:

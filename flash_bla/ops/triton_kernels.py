@@ -22,12 +22,11 @@ sees the queries with the opposite sign ("STREAMS"). With every other map both a
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import jit, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, tl
+from flash_bla.ops.triton_support import tile_pointers as _tile
 
-# Lengths and counts are never specialised: a new sequence length compiles nothing. A program loops over the blocks of
-# rows of one split of one sequence and head. Strides come as tuples in the order (batch, head, row, column).
-
-NOT_SPECIALIZED = ["length", "heads", "splits"]
+# A program loops over the blocks of rows of one split of one sequence and head. Strides come as tuples in the order
+# (batch, head, row, column).
 
 
 @jit
@@ -45,12 +44,6 @@ def _share(split, count, BLOCK_N: tl.constexpr):
     """First row and end of a split: whole blocks, spread evenly over the splits."""
     chunk = tl.cdiv(tl.cdiv(count, tl.num_programs(2)), BLOCK_N) * BLOCK_N
     return split * chunk, tl.minimum(split * chunk + chunk, count)
-
-
-@jit
-def _tile(base, rows, columns, stride_row, stride_column):
-    # 64-bit, because a tensor may hold more than 2³¹ elements
-    return base + rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
 
 
 @jit

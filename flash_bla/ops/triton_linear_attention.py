@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -10,14 +9,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
-from flash_bla.ops.triton_kernels import (
-    NOT_SPECIALIZED,
-    gradient_kernel,
-    output_kernel,
-    reduce_kernel,
-    state_kernel,
-)
-from flash_bla.ops.triton_support import INTERPRETING, tl
+from flash_bla.ops.triton_kernels import gradient_kernel, output_kernel, reduce_kernel, state_kernel
+from flash_bla.ops.triton_support import call, cdiv, multiprocessors, precision
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
@@ -104,38 +97,9 @@ def _launch(
         EXPONENT=p.exponent, D=D, DV=D_v, SIGNED=p.streams == 2, PARAMETER=p.parameter is not None,
         WEIGHT=weight is not None, ROPE=p.cos is not None, DECOUPLED=x_denominator is not None,
         NORMALIZE=p.normalize, VARLEN=p.cu_seqlens is not None, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        **_precision(x.dtype, hip=torch.version.hip is not None), **tensors, **options,
+        **precision(x.dtype), **tensors, **options,
     )  # fmt: skip
-    _call(kernel, grid, arguments, num_warps=4 if block_d <= 64 else 8)
-
-
-_COMPILED: dict[tuple, object] = {}
-
-
-def _call(kernel, grid: tuple[int, int, int], arguments: dict, num_warps: int = 4) -> None:
-    """``kernel[grid](**arguments)``, without Triton's search for the compiled kernel where the same call came before.
-
-    What Triton specialises on stands in the key: types, strides, whether pointers are multiples of 16, constants.
-    """
-    values = [arguments[name] for name in kernel.arg_names]
-    if INTERPRETING:
-        kernel[grid](*values)
-        return
-    device = arguments["state_ptr"].device
-    key = (
-        kernel,
-        device,
-        *((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x
-          for name, x in zip(kernel.arg_names, values, strict=True) if name not in NOT_SPECIALIZED),
-    )  # fmt: skip
-    with torch.cuda.device(device):  # Triton launches on the current device
-        compiled = _COMPILED.get(key)
-        if compiled is not None:
-            compiled[grid](*values)
-            return
-        if len(_COMPILED) > 4096:  # strides change with the length: images of ever new sizes must not fill the memory
-            _COMPILED.clear()
-        _COMPILED[key] = kernel[grid](*values, num_warps=num_warps, num_stages=1)
+    call(kernel, grid, arguments, num_warps=4 if block_d <= 64 else 8)
 
 
 def _rope_strides(table: Tensor | None) -> tuple[int, int, int]:
@@ -152,34 +116,18 @@ def _blocks(D: int, D_v: int, streams: int, itemsize: int) -> tuple[int, int, in
     return block_n, block_d, block_dv
 
 
-def _precision(dtype: torch.dtype, hip: bool) -> dict:
-    if dtype == torch.bfloat16 and not INTERPRETING:  # the interpreter cannot multiply bfloat16
-        return dict(OPERAND=tl.bfloat16, PRECISION="ieee")
-    # three products of tf32 parts have the accuracy of float32; AMD has float32 products instead
-    return dict(OPERAND=tl.float32, PRECISION="ieee" if hip else "tf32x3")
-
-
 def _splits(problem: _Problem, x: Tensor, programs: int) -> int:
     """Into how many parts to cut the sequences so that all multiprocessors have work."""
     length = x.shape[2] if problem.cu_seqlens is None else problem.max_seqlen
-    wanted = _cdiv(4 * _multiprocessors(x.device), max(programs, 1))
-    return max(1, min(wanted, _cdiv(length, 64), 65535))
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    wanted = cdiv(4 * multiprocessors(x.device), max(programs, 1))
+    return max(1, min(wanted, cdiv(length, 64), 65535))
 
 
 def _state(problem: _Problem, queries: bool, y: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     p = problem
     x = p.q if queries else p.k
     D_v = p.v.shape[3] // p.streams
-    tiles = _cdiv(D_v, _blocks(x.shape[3], D_v, p.streams, x.element_size())[2])
+    tiles = cdiv(D_v, _blocks(x.shape[3], D_v, p.streams, x.element_size())[2])
     splits = _splits(p, x, p.sequences * x.shape[1] * p.streams * tiles)
     state, z, mean = p.empty_state(splits)
     tensors = dict(
@@ -200,7 +148,7 @@ def _state(problem: _Problem, queries: bool, y: Tensor, rows: Tensor | None = No
             partial_state_ptr=state, partial_z_ptr=z, state_ptr=whole_state, z_ptr=whole_z, mean_ptr=mean,
             splits=splits, D=D, DV=D_v, SIGNED=p.streams == 2, CENTER=center, BLOCK_D=block_d, BLOCK_DV=block_dv,
         )  # fmt: skip
-        _call(reduce_kernel, (mean.numel() // D_v, tiles, 1), arguments)
+        call(reduce_kernel, (mean.numel() // D_v, tiles, 1), arguments)
     return whole_state[0], whole_z[0], mean
 
 

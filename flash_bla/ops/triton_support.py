@@ -1,8 +1,12 @@
-"""Triton where it is installed; names that let the kernels' modules be imported where it is not."""
+"""Triton where it is installed, names that let the kernels' modules be imported where it is not, and launches."""
 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
 
 try:
     import triton
@@ -24,3 +28,59 @@ except ImportError:
 
 # Whether Triton's interpreter runs the kernels, on any device; Triton reads the variable when it is imported, too.
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+# Lengths and counts are never specialised: a new sequence length compiles nothing.
+NOT_SPECIALIZED = ["length", "heads", "splits", "blocks", "kept"]
+
+
+@jit
+def tile_pointers(base, rows, columns, stride_row, stride_column):
+    """Pointers to the elements of a tile."""
+    # 64-bit, because a tensor may hold more than 2³¹ elements
+    return base + rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
+
+
+_COMPILED: dict[tuple, object] = {}
+
+
+def call(kernel, grid: tuple[int, int, int], arguments: dict, num_warps: int = 4) -> None:
+    """``kernel[grid](**arguments)``, without Triton's search for the compiled kernel where the same call came before.
+
+    What Triton specialises on stands in the key: types, strides, whether pointers are multiples of 16, constants.
+    """
+    values = [arguments[name] for name in kernel.arg_names]
+    if INTERPRETING:
+        kernel[grid](*values)
+        return
+    device = next(x.device for x in values if isinstance(x, Tensor))
+    key = (
+        kernel,
+        device,
+        *((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x
+          for name, x in zip(kernel.arg_names, values, strict=True) if name not in NOT_SPECIALIZED),
+    )  # fmt: skip
+    with torch.cuda.device(device):  # Triton launches on the current device
+        compiled = _COMPILED.get(key)
+        if compiled is not None:
+            compiled[grid](*values)
+            return
+        if len(_COMPILED) > 4096:  # strides change with the length: images of ever new sizes must not fill the memory
+            _COMPILED.clear()
+        _COMPILED[key] = kernel[grid](*values, num_warps=num_warps, num_stages=1)
+
+
+def precision(dtype: torch.dtype, hip: bool = torch.version.hip is not None) -> dict:
+    """The type of the operands of matrix products that float16 would overflow in, and how float32 is multiplied."""
+    if dtype == torch.bfloat16 and not INTERPRETING:  # the interpreter cannot multiply bfloat16
+        return dict(OPERAND=tl.bfloat16, PRECISION="ieee")
+    # three products of tf32 parts have the accuracy of float32; AMD has float32 products instead
+    return dict(OPERAND=tl.float32, PRECISION="ieee" if hip else "tf32x3")
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

@@ -16,9 +16,10 @@ ROOT = Path(train_script.__file__).parent
 UPDATES = 5  # of an epoch of the tiny models
 
 
-def start(script: str, *flags: str, processes: int = 1, **options) -> subprocess.Popen:
+def start(script: str, *flags: str, processes: int = 1, restarts: int = 0, **options) -> subprocess.Popen:
     """Starts a script by python, or by torchrun on several processes."""
     runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    runner += ["--max-restarts", str(restarts)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *(runner if processes > 1 else []), str(ROOT / script), *flags, "--device", "cpu"],

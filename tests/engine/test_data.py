@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import IterableImageDataset, create_transform
+from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 
 from flash_bla.engine.config import EvalConfig, RunError, TrainConfig
@@ -18,6 +18,7 @@ from flash_bla.engine.data import (
     Digits,
     SeededMixup,
     ToDevice,
+    TrainImages,
     TrainOrder,
     check_classes,
     class_names_of,
@@ -102,10 +103,27 @@ def test_the_stream_does_not_depend_on_the_loader_processes(data):
     alone = batches(config, data)
     shared = batches(dataclasses.replace(config, workers=2), data)
     for (images, targets, _), (others, other_targets, _) in zip(alone, shared, strict=True):
-        assert images.dtype == torch.float32
-        assert torch.equal(images, others) and torch.equal(targets, other_targets)
+        assert images.images.dtype == torch.uint8 and len(images.places) > 5
+        assert all(torch.equal(a, b) for a, b in zip(images, others, strict=True))
+        assert torch.equal(targets, other_targets)
     # ... nor on what was drawn before: the second batch is the same where a run is taken up with it.
-    assert torch.equal(batches(config, data, start=(0, 1), count=1)[0][0], alone[1][0])
+    assert torch.equal(batches(config, data, start=(0, 1), count=1)[0][0].images, alone[1][0].images)
+
+
+@pytest.mark.parametrize(("mode", "count"), [("pixel", 1), ("rand", 3), ("const", 2)])
+@pytest.mark.parametrize("data", [DATA, GREY], ids=["colour", "grey"])
+def test_random_erasing_is_that_of_timm(data, mode, count):
+    config = settings(aa="rand-m9-mstd0.5-inc1", reprob=0.5, remode=mode, recount=count)
+    [(images, _, _)] = batches(config, data, count=1)
+    found, _ = ToDevice(data["mean"], data["std"], CPU)(images, torch.zeros(1))
+    transform = create_transform(
+        data["input_size"], is_training=True, mean=data["mean"], std=data["std"], interpolation="bicubic",
+        auto_augment=config.aa, re_prob=0.5, re_mode=mode, re_count=count,
+    )  # fmt: skip
+    dataset = TrainImages(open_dataset(config, training=True), transform, data["mode"], config.seed)
+    expected = [dataset[key][0] for key in next(iter(TrainOrder(1437, config, Processes(CPU, 0, 1))))]
+    assert torch.allclose(found, torch.stack(expected), atol=1e-5)
+    assert len(images.places) > 5
 
 
 def test_the_strongest_posterization_is_black():
@@ -195,12 +213,40 @@ def test_folders(pictures):
 
 
 def test_tar_files(pictures, tmp_path):
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        tar.add(pictures() / "train", "train")
+    root = pictures()
+    for split, name in (("train", "train"), ("val", "validation")):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            tar.add(root / split, split)
     dataset = open_dataset(folder(tmp_path / "train.tar"), training=True)
     assert class_names_of(dataset) == ["dark", "grey", "light"]
     loader = eval_loader(folder(tmp_path / "train.tar"), dataset, DATA, Processes(CPU, 0, 1))
     assert torch.cat([targets for _, targets, _ in loader]).bincount().tolist() == [8, 8, 8]
+    # A folder with a file for each split, whichever of its names that has; the order is that of a folder of pictures.
+    config = folder(tmp_path, val_split="val")
+    assert len(open_dataset(config, training=False, class_names=["dark", "grey", "light"])) == 9
+    for batch, same in zip(batches(config, DATA, (0, 1)), batches(folder(root), DATA, (0, 1)), strict=True):
+        assert torch.equal(batch[0], same[0]) and torch.equal(batch[1], same[1])
+
+
+def test_parquet_files(pictures, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    root = pictures()
+    whole = datasets.load_dataset("imagefolder", data_dir=str(root), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "parquet").mkdir()
+    for split in ("train", "validation"):
+        whole[split].to_parquet(tmp_path / "parquet" / f"{split}-00000-of-00001.parquet")
+    config = settings(
+        dataset=f"hfds/{tmp_path / 'parquet'}", data_dir=str(tmp_path / "cache"), batch_size=12, in_chans=3
+    )
+    assert class_names_of(open_dataset(config, training=True)) == ["dark", "grey", "light"]
+    assert len(open_dataset(config, training=False)) == 9
+    # Any row can be read at any time, so the order of an epoch is the very one of a folder of pictures.
+    for batch, same in zip(batches(config, DATA, (0, 1)), batches(folder(root), DATA, (0, 1)), strict=True):
+        assert torch.equal(batch[0], same[0]) and torch.equal(batch[1], same[1])
+    damaged = tmp_path / "parquet" / "train-00000-of-00001.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(RunError, match="cannot be read"):
+        open_dataset(config, training=True)
 
 
 def test_torchvision_folders(pictures):
@@ -259,33 +305,3 @@ def test_a_data_set_of_unreadable_images_ends_the_run(pictures):
         file.write_bytes(b"")
     with pytest.raises(RunError, match="10 images in a row cannot be read"):
         batches(folder(root), DATA)
-
-
-class Reader:
-    """Stands for one of timm's readers of streams."""
-
-    def __init__(self):
-        self.epoch = 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        for number in range(30):
-            yield Image.new("RGB", (20, 20), (number, self.epoch, 0)), number % 3
-
-    def __len__(self):
-        return 30
-
-
-def test_streams():
-    config = settings(batch_size=12, scale=[1.0, 1.0], ratio=[1.0, 1.0])
-    dataset = IterableImageDataset("", reader=Reader())
-    order = TrainOrder(len(dataset), config, Processes(CPU, 0, 1))
-    order.start = (4, 0)
-    found = list(itertools.islice(train_loader(config, dataset, DATA, order, CPU), 5))
-    pixels = torch.cat([images[:, :, 8, 8] for images, _, _ in found])
-    assert pixels[:, 1].tolist() == [4] * 30 + [5] * 30  # on and on, one epoch after the other
-    assert sorted(pixels[:30, 0].tolist()) == list(range(30))
-    held_out = eval_loader(config, dataset, DATA, Processes(CPU, 0, 1))
-    assert sum(len(targets) for _, targets, _ in held_out) == 30

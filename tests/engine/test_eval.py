@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -14,8 +15,19 @@ from flash_bla.engine.config import RunError
 from flash_bla.engine.data import Digits
 
 
-def evaluate(*flags: str):
+def run(*flags: str):
     return eval_script.main([*flags, "--device", "cpu", "--workers", "0"])
+
+
+def evaluate(*flags: str) -> dict:
+    """The one row of an evaluation."""
+    (row,) = run(*flags)
+    return row
+
+
+@pytest.fixture(autouse=True)
+def _short_clock(monkeypatch):
+    monkeypatch.setattr("flash_bla.engine.evaluation.THROUGHPUT_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -30,8 +42,13 @@ def test_a_checkpoint_alone(checkpoint, load, tmp_path, capsys):
     assert (result["images"], result["weights"], result["dataset"]) == (360, "ema", "digits")
     for key, name in (("top1", "top1"), ("top5", "top5"), ("loss", "val_loss")):
         assert result[key] == pytest.approx(last[name])
-    assert json.loads((tmp_path / "out" / "digits.json").read_text()) == result
-    assert (tmp_path / "out" / "digits.csv").read_text().startswith("model,checkpoint,weights,dataset")
+    assert json.loads((tmp_path / "out" / "digits.json").read_text()) == [result]
+    assert (tmp_path / "out" / "digits.csv").read_text().startswith("model,checkpoint,weights,parameters,dataset")
+    with open(tmp_path / "out" / "digits.classes.csv", newline="") as file:
+        classes = list(csv.DictReader(file))
+    assert [row["class"] for row in classes] == [str(digit) for digit in range(10)]
+    right = sum(int(row["images"]) * float(row["top1"]) for row in classes)
+    assert right / 360 == pytest.approx(result["top1"])
     assert f"top-1 {result['top1']:.2f} %" in capsys.readouterr().out
     raw = evaluate("--checkpoint", checkpoint, "--no-use-ema")
     assert raw["weights"] == "model" and raw["loss"] != result["loss"]
@@ -76,7 +93,7 @@ def test_single_pictures(checkpoint, tmp_path, capsys):
         image, _ = Digits(False)[number]
         image.save(tmp_path / f"{number}.png")
         files.append(str(tmp_path / f"{number}.png"))
-    answers = evaluate("--checkpoint", checkpoint, "--image", *files)
+    answers = run("--checkpoint", checkpoint, "--image", *files)
     assert list(answers) == files
     for best in answers.values():
         assert len(best) == 5 and {name for name, _ in best} <= set("0123456789")
@@ -89,6 +106,6 @@ def test_single_pictures(checkpoint, tmp_path, capsys):
 
 def test_imagenet_classes_have_names(tmp_path, capsys):
     Digits(False)[0][0].save(tmp_path / "x.png")
-    answers = evaluate("--model", "test_vit", "--image", str(tmp_path / "x.png"), "--precision", "bf16")
+    answers = run("--model", "test_vit", "--image", str(tmp_path / "x.png"), "--precision", "bf16")
     names = [name for name, _ in answers[str(tmp_path / "x.png")]]
     assert all(not name.startswith(("class ", "n0")) for name in names)

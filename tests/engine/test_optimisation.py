@@ -6,9 +6,11 @@ import copy
 import math
 
 import pytest
+import timm
 import torch
 import yaml
 from runs import UPDATES
+from timm.optim import create_optimizer_v2
 
 import train as train_script
 from flash_bla.engine.config import parse_train
@@ -56,6 +58,50 @@ def test_mesa_is_what_its_paper_says(train, load, model_yaml, one_process):
             assert torch.allclose(entries[key], value, atol=2e-6), key
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """What a run does at each of its updates, as pairs of learning rate and loss."""
+    done, losses = [], []
+    step, scale = torch.amp.GradScaler.step, torch.amp.GradScaler.scale
+
+    def note_rate(scaler, optimizer):
+        done.append((optimizer.param_groups[0]["lr"], losses[-1]))
+        return step(scaler, optimizer)
+
+    def note_loss(scaler, loss):
+        losses.append(loss.item())
+        return scale(scaler, loss)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "step", note_rate)
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", note_loss)
+    return done
+
+
+def test_rates_at_chosen_steps(train, steps):
+    """Worked out by hand: 1e-4 + 9.9e-3 times a half of 1 + the cosine of 45°, 90°, 135° and 171°."""
+    flags = ("--lr", "1e-2", "--min-lr", "1e-4", "--warmup-lr", "0", "--warmup-epochs", "1", "--epochs", "4")
+    assert train("run", *flags, "--cooldown-epochs", "1", "--eval-every", "9", "--save-epochs", "9") == 0
+    expected = {0: 0, 1: 0.002, 4: 0.008, 5: 0.00855018, 10: 0.00505, 15: 0.00154982, 19: 0.000160943}
+    expected |= {20: 1e-4, 24: 1e-4}
+    assert len(steps) == 25
+    assert {step: steps[step][0] for step in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_mesa_at_chosen_steps(train, steps, monkeypatch):
+    """A classifier of zeros that learns nothing: each cross entropy is ln 10, from a quarter of the epochs on 1 + 1.5."""
+
+    def of_zeros(*arguments, **options):
+        model, description = create_model(*arguments, **options)
+        torch.nn.init.zeros_(model.head.weight)
+        return model, description
+
+    monkeypatch.setattr(train_script, "create_model", of_zeros)
+    flags = ("--lr", "0", "--min-lr", "0", "--warmup-epochs", "0", "--epochs", "8", "--eval-every", "9")
+    assert train("run", *flags, "--save-epochs", "9", "--ema-decay", "0.9", "--mesa", "1.5", "--mixup", "0.8") == 0
+    expected = {0: 2.302585, 9: 2.302585, 10: 5.756463, 39: 5.756463}
+    assert {step: steps[step][1] for step in expected} == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("per_epoch", [True, False])
 def test_learning_rates_follow_the_schedule(train, load, per_epoch):
     flags = ("--epochs", "5", "--warmup-epochs", "2", "--cooldown-epochs", "1", "--lr", "1e-2", "--min-lr", "1e-4")
@@ -97,6 +143,58 @@ def test_layer_decay_and_weight_decay_groups(train, load):
     assert {group["lr_scale"] for group in groups} == {0.125, 0.25, 0.5, 1.0}  # embedding, two blocks, head
     assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
     assert all(group["lr"] == pytest.approx(groups[-1]["lr"] * group["lr_scale"]) for group in groups)
+
+
+# The layers of the models below from the images to the classifier: how the names of their parameters begin.
+STAGES = [
+    ("stages.0.downsample.",),
+    ("stages.0.blocks.",),
+    ("stages.1.downsample.", "stages.1.blocks.0."),
+    ("stages.1.blocks.1.",),
+    ("stages.2.",),
+    ("stages.3.", "norm."),
+    ("head.",),
+]
+NORMED_STAGES = [
+    ("stages.0.downsample.",),
+    ("stages.0.blocks.",),
+    ("stages.0.norm.",),
+    ("stages.1.downsample.", "stages.1.blocks.0."),
+    ("stages.1.blocks.1.",),
+    ("stages.1.norm.",),
+    ("stages.2.downsample.", "stages.2.blocks."),
+    ("stages.2.norm.",),
+    ("stages.3.downsample.", "stages.3.blocks."),
+    ("stages.3.norm.",),
+    ("head.",),
+]
+BLOCKS = [("patch_embed.", "pos_embed", "cls_token"), ("blocks.0.",), ("blocks.1.", "norm."), ("head.",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("pola_vit_tiny", BLOCKS),
+        ("mlla_vit_tiny", BLOCKS),
+        ("pola_pvt_tiny", STAGES),
+        ("flatten_pvt_v2_b0", NORMED_STAGES),
+        ("pola_swin_tiny", STAGES),
+        ("flatten_cswin_tiny", STAGES),
+        ("mlla_tiny", STAGES),
+        ("ravlt_tiny", STAGES),
+    ],
+)
+def test_layer_decay_goes_by_the_depth_of_a_parameter(name, layers):
+    small = {"depth": 2, "class_token": True, "global_pool": "token"} if "vit_" in name else {"depths": [1, 2, 1, 1]}
+    model = timm.create_model(name, img_size=32, **small)
+    groups = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5).param_groups
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    found = set()
+    for key, parameter in model.named_parameters():
+        (depth,) = (depth for depth, starts in enumerate(layers) if key.startswith(starts))
+        assert scales[id(parameter)] == 0.5 ** (len(layers) - 1 - depth), key
+        found.add(depth)
+    assert found == set(range(len(layers)))
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_batch_norms_of_two_processes_keep_one_and_the_same_statistics(load, bat
     assert run.returncode == 0, output
     assert output.count("sync_bn: not on the cpu") == 1
     # Each process evaluated its half of the images with its own copy: together they are what the file holds.
-    result = evaluate(["--checkpoint", str(tmp_path / "run" / "last.pt"), "--device", "cpu", "--workers", "0"])
+    (result,) = evaluate(["--checkpoint", str(tmp_path / "run" / "last.pt"), "--device", "cpu", "--workers", "0"])
     assert result["loss"] == pytest.approx(load("run")["history"][-1]["val_loss"], rel=1e-6)
 
 
@@ -105,12 +105,18 @@ def test_an_evaluation_shared_by_processes_counts_every_image_once(train, pictur
     run = start("eval.py", *command, "--output", str(tmp_path / "results" / "pictures"), processes=2)
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    result = json.loads((tmp_path / "results" / "pictures.json").read_text())
+    (result,) = json.loads((tmp_path / "results" / "pictures.json").read_text())
     row = next(csv.DictReader((tmp_path / "results" / "pictures.csv").open()))
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["history"][-1]
     assert (result["images"], result["processes"], int(row["images"])) == (15, 2, 15)
     assert result["top1"] == pytest.approx(best["top1"])
     assert result["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    # The sums over images are exact: whoever has which image, and however many there are.
+    (alone,) = evaluate([*command, "--device", "cpu", "--output", str(tmp_path / "alone")])
+    assert [result[key] for key in ("top1", "top5")] == [alone[key] for key in ("top1", "top5")]
+    assert result["ece"] == pytest.approx(alone["ece"], abs=1e-3)  # confidences of other batches, in their last bits
+    classes = (tmp_path / "results" / "pictures.classes.csv").read_text()
+    assert classes == (tmp_path / "alone.classes.csv").read_text() and classes.count("folder,") == 3
 
 
 def test_errors_come_without_a_traceback(tmp_path):

@@ -23,7 +23,7 @@ from flash_bla.engine.processes import StopRequest
 def test_a_run_and_what_it_writes(train, load, tmp_path, capsys):
     assert train("run", "--ema-decay", "0.9", "--num-classes", "10") == 0
     folder = tmp_path / "run"
-    written = "last.pt previous.pt best.pt log.csv config.yaml curve.png summary.json tensorboard"
+    written = "last.pt previous.pt best.pt log.csv config.yaml preview.png curve.png summary.json tensorboard"
     assert {file.name for file in folder.iterdir()} == set(written.split())
     rows = list(csv.DictReader((folder / "log.csv").open()))
     assert [(row["epoch"], row["updates"]) for row in rows] == [("1", "5"), ("2", "10")]
@@ -75,10 +75,10 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(train, load, on_loss, sto
 def test_signals(one_process):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop = StopRequest(one_process)
-    assert not stop.agreed()
+    assert stop.agreed() == (False, False)
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.agreed()
+    assert stop.agreed(save=True) == (True, True)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
@@ -229,7 +229,7 @@ def test_fine_tuning_with_other_classes_and_another_resolution(train, load, pict
     assert tuned["class_names"] == ["dark", "grey", "light"]
     assert tuned["data"]["input_size"] == [1, 16, 24]
     # The checkpoint is enough to evaluate it: model, classes, input and data set are in it.
-    result = eval_script.main(
+    (result,) = eval_script.main(
         ["--checkpoint", str(tmp_path / "tuned" / "best.pt"), "--device", "cpu", "--workers", "0"]
     )
     assert result["images"] == 9

@@ -6,6 +6,7 @@ Run on its own (and by test_compile_targets.py), because it needs Triton without
 """
 
 import sys
+from functools import partial
 
 import torch
 import triton
@@ -13,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flash_bla.ops import triton_linear_attention as module
+from flash_bla.ops import triton_piecewise_sparse as sparse
+from flash_bla.ops import triton_support as support
 
 # target and its shared memory per block, in KiB
 TARGETS = {
@@ -23,6 +26,7 @@ TARGETS = {
 }
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
+    torch.uint8: "*u8",
     int: "i32", float: "fp32",
 }  # fmt: skip
 VARIANTS = {
@@ -52,18 +56,30 @@ def problem(variant, dtype, D):
     )  # fmt: skip
 
 
-def launches(p):
-    """The arguments with which a forward and a backward pass of the problem call their kernels."""
+def launches(module, run):
+    """The arguments with which a function calls the kernels of a module."""
     calls = []
-    call = module._call
-    module._call = lambda kernel, grid, arguments, num_warps=4: calls.append((kernel, arguments, num_warps))
+    call = module.call
+    module.call = lambda kernel, grid, arguments, num_warps=4: calls.append((kernel, arguments, num_warps))
     try:
-        arguments = tuple(p)
-        o, *saved = module.linear_attention_forward._init_fn(*arguments)
-        module.linear_attention_backward._init_fn(o, *saved, True, *arguments)
+        run()
     finally:
-        module._call = call
+        module.call = call
     return calls
+
+
+def linear(variant, dtype, D):
+    """Forward and backward pass of linear attention."""
+    arguments = tuple(problem(variant, dtype, D))
+    o, *saved = module.linear_attention_forward._init_fn(*arguments)
+    module.linear_attention_backward._init_fn(o, *saved, True, *arguments)
+
+
+def piecewise_sparse(dtype, D, block_size):
+    q, k, v = torch.empty((2, 100, 3, 3, D), dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
+    _, k_mean, v_mean, slope, _ = sparse.block_statistics._init_fn(q, k, v, block_size)
+    chosen = torch.empty((*k_mean.shape[:3], 1), dtype=torch.int64, device="meta")
+    sparse.attend._init_fn(q, k, v, k_mean, v_mean, slope, chosen, block_size, D**-0.5)
 
 
 def kind(value):
@@ -74,7 +90,7 @@ def kind(value):
 
 def compile_launch(kernel, arguments, num_warps, target, precision):
     if "PRECISION" in arguments and target.backend == "hip":
-        arguments |= precision
+        arguments |= {"PRECISION": precision["PRECISION"]}
     signature, constants, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -97,14 +113,19 @@ def main(targets):
     cases = [(label, torch.bfloat16, 32) for label in VARIANTS]
     cases += [(label, dtype, D) for label in ("plain", "signed")
               for dtype, D in ((torch.float16, 64), (torch.float32, 256))]  # fmt: skip
+    runs = [(f"{label}, D={D}, {dtype}", dtype, module, partial(linear, VARIANTS[label], dtype, D))
+            for label, dtype, D in cases]  # fmt: skip
+    runs += [(f"blocks of {block}, D={D}, {dtype}", dtype, sparse, partial(piecewise_sparse, dtype, D, block))
+             for dtype, D, block in ((torch.bfloat16, 64, 64), (torch.float16, 128, 64), (torch.bfloat16, 128, 128),
+                                     (torch.float32, 128, 128), (torch.float32, 24, 16))]  # fmt: skip
     for name in targets:
         target, limit = TARGETS[name]
         most, count = (0, ""), 0
-        for label, dtype, D in cases:
-            for kernel, arguments, num_warps in launches(problem(VARIANTS[label], dtype, D)):
-                precision = module._precision(dtype, hip=target.backend == "hip")
+        for label, dtype, where, run in runs:
+            for kernel, arguments, num_warps in launches(where, run):
+                precision = support.precision(dtype, hip=target.backend == "hip")
                 shared = compile_launch(kernel, arguments, num_warps, target, precision).metadata.shared / 1024
-                what = f"{kernel.__name__}, {label}, D={D}, {dtype}"
+                what = f"{kernel.__name__}, {label}"
                 assert shared <= limit, f"{name}: {what} needs {shared:.0f} KiB of shared memory of {limit}"
                 most, count = max(most, (shared, what)), count + 1
         print(f"{name}: {count} kernels, at most {most[0]:.0f} of {limit} KiB of shared memory ({most[1]})", flush=True)

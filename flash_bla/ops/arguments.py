@@ -1,0 +1,75 @@
+"""What the public functions share: the checks of their tensors, autocast and the choice of a backend."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from flash_bla.ops.triton_support import HAS_TRITON, INTERPRETING
+from flash_bla.tracing import is_exporting
+
+BACKENDS = ("reference", "triton")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def choose_backend(backend: str | None, q: Tensor) -> str:
+    backend = backend or os.environ.get("FLASH_BLA_BACKEND") or None
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
+    if is_exporting():
+        return "reference"  # an exported program must run where this package is not installed
+    if backend is None:
+        return "triton" if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 else "reference"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError("backend 'triton' was asked for, but Triton is not installed")
+        if q.dtype == torch.float64:
+            raise TypeError("backend 'triton' takes float16, bfloat16 or float32; float64 is for the reference")
+        if not (q.is_cuda or q.is_meta or INTERPRETING):
+            raise ValueError(
+                f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got tensors on {q.device.type}"
+            )
+    return backend
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's type, where it is on."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
+        return tensors  # meta tensors know no autocast
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in tensors)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Where operations on x and its like keep their types."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def check_tensors(tensors: dict[str, Tensor], shape: str, ndim: int) -> None:
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.ndim != ndim:
+            raise ValueError(f"{name} must have {ndim} dimensions {shape}, got {tuple(x.shape)}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}")
+        check_device(name, x, first)
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device of q, {like.device}, got {x.device}")
+
+
+def expect(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {meaning}, here {shape}, got {tuple(x.shape)}")
