@@ -4,6 +4,7 @@
     python train.py --config configs/examples/pola_vit_digits.yaml
     python train.py --model pola_vit_tiny --data-dir /data/imagenet --precision bf16 --compile
     torchrun --nproc-per-node 8 train.py --model pola_vit_small --data-dir /data/imagenet
+    python train.py --model pola_vit_small --weights deit_small.pth --replace-attention --data-dir /data/flowers
 
 Started again with the same output folder, a run goes on where it was, also after `kill -9`. All that is random is a
 function of (seed, epoch, update, process): on the CPU an interrupted run ends with the very bits of one that was not.

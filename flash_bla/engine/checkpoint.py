@@ -11,6 +11,8 @@ so far, without the optimizer's state). Each is a plain dictionary for `torch.lo
     epoch, update    where it stands: epochs done, and updates done within the next one
     history          one row of figures for each epoch
     optimizer, scaler and the run's counters
+
+Low-rank adapters are merged in `best.pt` and stand beside the weights in the others; `load_weights` reads both.
 """
 
 from __future__ import annotations

@@ -68,11 +68,9 @@ def replace_attention(model: nn.Module, checkpoint: dict[str, Any], name: str, *
     for key in left:
         del entries[key]
     taken = len(entries)
-    new = {key: value for key, value in own.items() if may_differ(key) and key not in entries}
-    for module_name, module in model.named_modules():
-        if isinstance(module, DepthwiseConv):
-            new |= {f"{module_name}.{key}": torch.zeros_like(value) for key, value in module.state_dict().items()}
-    new |= {key: torch.zeros_like(value) for key, value in head.items()}
+    local = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, DepthwiseConv))
+    new = {key: value for key, value in own.items() if may_differ(key) and key not in entries} | head
+    new |= {key: torch.zeros_like(new[key]) for key in new if key.startswith(local) or key in head}
     load_entries(model, entries | new, f"{name} does not fit outside the attention and the classifier")
     left += [key for key in file if key.startswith(HEADS)]
     return [

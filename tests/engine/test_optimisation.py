@@ -88,7 +88,7 @@ def test_rates_at_chosen_steps(train, steps):
 
 
 def test_mesa_at_chosen_steps(train, steps, monkeypatch):
-    """A classifier of zeros that learns nothing: each cross entropy is ln 10, from a quarter of the epochs on 1 + 1.5."""
+    """A classifier of zeros at a rate of 0: the loss is ln 10, from a quarter of the epochs on 1 + 1.5 times that."""
 
     def of_zeros(*arguments, **options):
         model, description = create_model(*arguments, **options)
