@@ -7,7 +7,20 @@ Importing the package registers its models with timm:
 """
 
 from flash_bla.models import register_config
-from flash_bla.ops import decoupled_la, linear_attention, simple_la, varlen_linear_attention
+from flash_bla.ops import (
+    decoupled_la,
+    linear_attention,
+    piecewise_sparse_attention,
+    simple_la,
+    varlen_linear_attention,
+)
 
 __version__ = "0.1.0"
-__all__ = ["decoupled_la", "linear_attention", "register_config", "simple_la", "varlen_linear_attention"]
+__all__ = [
+    "decoupled_la",
+    "linear_attention",
+    "piecewise_sparse_attention",
+    "register_config",
+    "simple_la",
+    "varlen_linear_attention",
+]

@@ -124,9 +124,9 @@ class WindowAttention(nn.Module):
         return self.proj_drop(self.proj(x.flatten(1, 2)))
 
     def _bias(self, q: Tensor, padded: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-        """What is added to the scores of q ``(B·windows, heads, N, D)``."""
+        """What is added to the scores of q ``(B·windows, heads, N, D)``; without a shift, the same in every window."""
         index, apart = _window_tables(q, padded, window, shift, self.window_size)
-        bias = self.relative_position_bias_table.to(q.dtype)[index].permute(2, 0, 1)
+        bias = self.relative_position_bias_table.to(q.dtype)[index].permute(2, 0, 1)[None]
         if apart is not None:
             bias = bias.masked_fill(apart[:, None], float("-inf")).repeat(q.shape[0] // apart.shape[0], 1, 1, 1)
         return bias

@@ -151,7 +151,7 @@ class HierarchicalBackbone(nn.Module):
         blocks = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.norm", (99998,)),
+            (r"^stages\.(\d+)\.norm", (99999,)),
             (r"^norm", (99999,)),
         ]
         return {"stem": r"^stages\.0\.downsample", "blocks": r"^stages\.(\d+)" if coarse else blocks}

@@ -1,4 +1,4 @@
-"""PISA: piecewise sparse attention in place of the self-attention of diffusers' transformers (Flux, Wan and their like).
+"""PISA: piecewise sparse attention for the self-attention of diffusers' transformers (Flux, Wan and their like).
 
     from flash_bla.models.pisa import reset_processor, set_processor
 
@@ -112,7 +112,7 @@ def _self_attentions(root: nn.Module, dispatch: Callable) -> Iterator[nn.Module]
     for name, module in root.named_modules():
         processor = getattr(module, "processor", None)
         processor = getattr(processor, "exact_processor", processor)
-        run = getattr(type(processor), "__call__", None)
+        run = type(processor).__call__ if callable(processor) else None
         replaceable = isinstance(run, FunctionType) and run.__globals__.get(DISPATCH) is dispatch
         if replaceable and DISPATCH in run.__code__.co_names and name.split(".")[-1] != "attn2":  # cross-attention
             yield module
@@ -132,11 +132,12 @@ def _sparse_attention(dispatch: Callable, density: float, block_size: int, use_b
     """What stands in for ``dispatch_attention_fn``: tokens come as ``(B, N, H, D)``."""
 
     def attention(
-        query: Tensor, key: Tensor, value: Tensor, *, dropout_p=0.0, scale=None, backend=None, **options
-    ) -> Tensor:
-        plain = dropout_p == 0.0 and all(option is None or option is False for option in options.values())
+        query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, *,
+        backend=None, **options,
+    ) -> Tensor:  # fmt: skip
+        plain = attn_mask is None and not (dropout_p or is_causal or any(options.values()))
         if not plain or not query.shape == key.shape == value.shape:
-            return dispatch(query, key, value, dropout_p=dropout_p, scale=scale, backend=backend, **options)
+            return dispatch(query, key, value, attn_mask, dropout_p, is_causal, scale, backend=backend, **options)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return piecewise_sparse_attention(q, k, v, density, block_size, scale, use_bias).transpose(1, 2)
 

@@ -141,7 +141,7 @@ def attention_kernel(
         weights *= tl.minimum(length - j * BLOCK, BLOCK).to(tl.float32)[None, :]
         sums = tl.sum(weights, 1)
         total = total * factor + sums
-        expanded = expanded * factor + sums
+        expanded = expanded + sums
         o = tl.dot(weights.to(OPERAND), v, o * factor[:, None], input_precision=PRECISION)
 
     # what k turns away from its block's mean, to first order

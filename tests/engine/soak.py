@@ -23,12 +23,13 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-import train as train_script  # noqa: E402
 from conftest import TRAIN_YAML, VIT_YAML  # noqa: E402
+from runs import start, tensors  # noqa: E402
+
+import train as train_script  # noqa: E402
 from flash_bla.engine import data as data_module  # noqa: E402
 from flash_bla.engine.checkpoint import CheckpointFolder  # noqa: E402
 from flash_bla.engine.logs import LossMeter  # noqa: E402
-from runs import start, tensors  # noqa: E402
 
 KINDS = ("kill", "stop", "write")
 PROCESSES, BATCH = 2, 60

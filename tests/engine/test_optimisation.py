@@ -148,24 +148,11 @@ def test_layer_decay_and_weight_decay_groups(train, load):
 # The layers of the models below from the images to the classifier: how the names of their parameters begin.
 STAGES = [
     ("stages.0.downsample.",),
-    ("stages.0.blocks.",),
+    ("stages.0.blocks.", "stages.0.norm."),
     ("stages.1.downsample.", "stages.1.blocks.0."),
-    ("stages.1.blocks.1.",),
+    ("stages.1.blocks.1.", "stages.1.norm."),
     ("stages.2.",),
     ("stages.3.", "norm."),
-    ("head.",),
-]
-NORMED_STAGES = [
-    ("stages.0.downsample.",),
-    ("stages.0.blocks.",),
-    ("stages.0.norm.",),
-    ("stages.1.downsample.", "stages.1.blocks.0."),
-    ("stages.1.blocks.1.",),
-    ("stages.1.norm.",),
-    ("stages.2.downsample.", "stages.2.blocks."),
-    ("stages.2.norm.",),
-    ("stages.3.downsample.", "stages.3.blocks."),
-    ("stages.3.norm.",),
     ("head.",),
 ]
 BLOCKS = [("patch_embed.", "pos_embed", "cls_token"), ("blocks.0.",), ("blocks.1.", "norm."), ("head.",)]
@@ -177,7 +164,7 @@ BLOCKS = [("patch_embed.", "pos_embed", "cls_token"), ("blocks.0.",), ("blocks.1
         ("pola_vit_tiny", BLOCKS),
         ("mlla_vit_tiny", BLOCKS),
         ("pola_pvt_tiny", STAGES),
-        ("flatten_pvt_v2_b0", NORMED_STAGES),
+        ("flatten_pvt_v2_b0", STAGES),
         ("pola_swin_tiny", STAGES),
         ("flatten_cswin_tiny", STAGES),
         ("mlla_tiny", STAGES),

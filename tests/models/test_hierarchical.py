@@ -117,10 +117,9 @@ def test_checkpointing_keeps_the_gradients(name):
 def test_parameter_groups(name):
     model = create(name)
     names = {key for key, _ in model.named_parameters()}
-    for coarse, layers in ((True, 6), (False, 1 + sum(SMALL[name]["depths"]) + 1)):
+    for coarse, layers in ((True, 4 + 2), (False, sum(SMALL[name]["depths"]) + 2)):  # stem and head
         groups = group_parameters(model, model.group_matcher(coarse=coarse))
-        assert {key for group in groups.values() for key in group} == names
-        assert abs(len(groups) - layers) <= 4, groups.keys()  # downsamplings and norms may make layers of their own
+        assert {key for group in groups.values() for key in group} == names and len(groups) == layers
     assert model.no_weight_decay() == {key for key in names if "relative_position_bias_table" in key}
     average = ModelEmaV3(model, decay=0.5)
     average.update(model)
