@@ -21,7 +21,7 @@ def register_attention(name: str) -> Callable[[type[nn.Module]], type[nn.Module]
     grid (H, W) to tokens ``(B, N, C)``, where the first N - H·W tokens are prefix tokens, without a place. Of what a
     backbone offers (``qkv_bias``, ``attn_drop``, ``proj_drop``, ``grid_size``) it declares what it has a use for. If it
     has a method ``set_grid_size``, models call it when their input size changes. torch.fx does not trace into it, so it
-    may branch on shapes.
+    may branch on shapes; with an attribute ``static_grid = True``, ``torch.compile`` makes a graph for each image size.
 
     Example:
         >>> @register_attention("mean")
@@ -50,7 +50,8 @@ def create_attention(
     """Creates an attention by its registered name.
 
     Args:
-        name: ``"linear"``, ``"focused"``, ``"pola"``, ``"mlla"``, ``"rala"``, ``"softmax"``, or a registered one.
+        name: ``"linear"``, ``"focused"``, ``"pola"``, ``"mlla"``, ``"rala"``, ``"rala_softmax"``, ``"softmax"``,
+            ``"window"``, ``"cross_window"``, ``"focused_lepe"``, or a registered one.
         dim: Channels C.
         num_heads: Heads that share them.
         offer: Options that a backbone has for whichever attention it is given; those that this one lacks are left out.

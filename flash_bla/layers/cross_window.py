@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.tokens import head_width, merge_heads, split_heads
-from flash_bla.layers.window import check_no_prefix, merge_windows, split_windows
+from flash_bla.layers.window import merge_windows, split_windows, whole_grid
 
 
 @register_attention("cross_window")
@@ -37,6 +37,8 @@ class CrossShapedWindowAttention(nn.Module):
     Reference:
         Dong et al., "CSWin Transformer: A General Vision Transformer Backbone with Cross-Shaped Windows", CVPR 2022.
     """
+
+    static_grid = True  # how a map falls into windows cannot be compiled for any size
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class CrossShapedWindowAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; N must be H·W."""
-        check_no_prefix(x, grid)
+        grid = whole_grid(x, grid)
         vertical, horizontal = self.qkv(x).unflatten(1, grid).unflatten(-1, (3, 2, -1)).unbind(-2)
         weights, biases = self.get_v.weight.chunk(2), self.get_v.bias.chunk(2)
         x = torch.cat(

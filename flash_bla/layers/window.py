@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.position import resample_encoding, resample_entry
 from flash_bla.layers.tokens import count_prefix_tokens, head_width, merge_heads, split_heads
+from flash_bla.tracing import is_exporting
 
 
 @register_attention("window")
@@ -47,6 +49,8 @@ class WindowAttention(nn.Module):
     Reference:
         Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021.
     """
+
+    static_grid = True  # how a map falls into windows cannot be compiled for any size
 
     def __init__(
         self,
@@ -98,8 +102,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; N must be H·W."""
-        check_no_prefix(x, grid)
-        height, width = grid
+        height, width = grid = whole_grid(x, grid)
         window = min(self.window_size[0], height), min(self.window_size[1], width)
         shift = (0, 0)
         if self.shift:
@@ -132,13 +135,14 @@ class WindowAttention(nn.Module):
         return bias
 
 
-def check_no_prefix(x: Tensor, grid: tuple[int, int]) -> None:
-    """Raises a ValueError if the tokens ``(B, N, C)`` are not as many as the grid has places."""
+def whole_grid(x: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid of the tokens ``(B, N, C)``, in constants; a ValueError if they are not as many as it has places."""
     if count_prefix_tokens(x, grid):
         raise ValueError(
             f"attention within windows takes no class or register tokens: grid {grid[0]}x{grid[1]} has "
             f"{grid[0] * grid[1]} places, got {x.shape[1]} tokens"
         )
+    return tuple(grid) if is_exporting() else (operator.index(grid[0]), operator.index(grid[1]))
 
 
 def split_windows(x: Tensor, window: tuple[int, int]) -> Tensor:

@@ -6,6 +6,7 @@ from the image to the head: the tokens ``(B, H·W, C)`` of a stage are the same 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -130,6 +131,7 @@ class HierarchicalBackbone(nn.Module):
             self.num_features, num_classes, global_pool, drop_rate, input_fmt="NHWC", device=device, dtype=dtype
         )
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self._static = any(getattr(module, "static_grid", False) for module in self.modules())
         self.apply(_init_weights)
         self._checkpoint_filter_fn = checkpoint_filter_fn
         self.register_load_state_dict_pre_hook(_translate_on_load)
@@ -177,8 +179,7 @@ class HierarchicalBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to the last map ``(B, H/32, W/32, num_features)``, before pooling."""
-        x = check_image(x, STRIDE * 2 ** (len(self.stages) - 1)).permute(0, 2, 3, 1)
-        return self.norm(self.stages(x))
+        return self.norm(self.stages(self._to_channels_last(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last map to logits, or to what the last layer reads (``pre_logits``)."""
@@ -210,7 +211,7 @@ class HierarchicalBackbone(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         last = len(self.stages) - 1
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        x = check_image(x, STRIDE * 2**last).permute(0, 2, 3, 1)
+        x = self._to_channels_last(x)
         outputs = []
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
             x = stage(x)
@@ -238,6 +239,9 @@ class HierarchicalBackbone(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
+    def _to_channels_last(self, x: Tensor) -> Tensor:
+        return check_image(x, STRIDE * 2 ** (len(self.stages) - 1), self._static).permute(0, 2, 3, 1)
+
 
 def attention_by_stage(
     attention: str | Sequence[str], attention_args: dict[str, Any] | None, num_stages: int
@@ -263,19 +267,27 @@ def stage_grids(img_size: int | tuple[int, int], num_stages: int = 4) -> list[tu
 def pad_to_multiple(x: Tensor, height: int, width: int | None = None) -> Tensor:
     """Pads maps ``(B, H, W, C)`` with zeros, below and on the right, to multiples of a height and a width."""
     width = width or height
-    # Arithmetic without branches: torch.fx traces it for any size.
-    return F.pad(x, (0, 0, 0, -x.shape[2] % width, 0, -x.shape[1] % height))
+    # Without branches and negative numbers: torch.fx and torch.compile take it for any size.
+    rows = (x.shape[1] + height - 1) // height * height - x.shape[1]
+    columns = (x.shape[2] + width - 1) // width * width - x.shape[2]
+    return F.pad(x, (0, 0, 0, columns, 0, rows))
 
 
 @register_notrace_function
-def check_image(x: Tensor, stride: int) -> Tensor:
-    """Gives the images back, or raises a ValueError if they are smaller than the coarsest stride."""
+def check_image(x: Tensor, stride: int, static: bool) -> Tensor:
+    """Gives the images back, or raises a ValueError if they are smaller than the coarsest stride.
+
+    With ``static``, ``torch.compile`` makes a graph for each image size instead of one for all but the first.
+    """
     if x.ndim != 4:
         raise ValueError(f"images must have the shape (B, C, H, W), got {tuple(x.shape)}")
     if not is_exporting() and min(x.shape[2:]) < stride:
         raise ValueError(
             f"images must be at least {stride}x{stride}, the stride of the model, got {tuple(x.shape[2:])}"
         )
+    if static and not is_exporting():
+        for side in x.shape[2:]:
+            operator.index(side)
     return x
 
 

@@ -228,6 +228,17 @@ def test_tar_files(pictures, tmp_path):
         assert torch.equal(batch[0], same[0]) and torch.equal(batch[1], same[1])
 
 
+def test_a_tar_file_cut_short_is_refused_before_anything_starts(pictures, tmp_path):
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(pictures() / "train", "train")
+    whole = path.read_bytes()
+    for size in (*range(4096, 9 * 1024, 512), 100, 0):
+        path.write_bytes(whole[:size])
+        with pytest.raises(RunError, match=rf"{path}( cannot be read: | .* cut short)"):
+            open_dataset(folder(path), training=True)
+
+
 def test_parquet_files(pictures, tmp_path):
     datasets = pytest.importorskip("datasets")
     root = pictures()

@@ -39,30 +39,25 @@ def children(process) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
-def test_a_killed_and_a_stopped_process_of_two_come_back_by_themselves(load, model_yaml, tmp_path):
+def test_a_killed_process_of_two_comes_back_by_itself(load, model_yaml, tmp_path):
     flags = ["--epochs", "6", "--batch-size", "60", "--ema-decay", "0.9", "--mixup", "0.2", "--drop-path", "0.1"]
-    flags += ["--workers", "0", "--save-updates", "1", "--config", str(model_yaml), "--output"]
+    # A checkpoint whenever a clock says so, which is at once; all processes save together, whosever clock it is.
+    flags += ["--workers", "0", "--save-minutes", "1e-5", "--config", str(model_yaml), "--output"]
     last, whole = tmp_path / "run" / "last.pt", tmp_path / "whole"
     undisturbed = start("train.py", *flags, str(whole), processes=2)
-    run = start("train.py", *flags, str(last.parent), processes=2, restarts=2)
-    seen, ranks = set(), []
+    run = start("train.py", *flags, str(last.parent), processes=2, restarts=1)
+    seen = set()
 
-    def saved(times: int):
-        def condition():
-            if last.exists():
-                seen.add(last.stat().st_mtime_ns)
-            return len(seen) >= times
+    def saved_often():
+        if last.exists():
+            seen.add(last.stat().st_mtime_ns)
+        return len(seen) >= 4
 
-        return condition
-
-    for times, rank, sign in ((8, 1, signal.SIGKILL), (25, 0, signal.SIGTERM)):
-        wait_for(saved(times), run)
-        ranks.append(children(run))
-        os.kill(ranks[-1][rank], sign)
+    wait_for(saved_often, run)
+    os.kill(children(run)[1], signal.SIGKILL)
     output = run.communicate()[0]
     assert run.returncode == 0, output
-    assert not set(ranks[0]) & set(ranks[1])  # all processes were started anew
-    assert output.count("goes on from epoch") == 2 and output.count("asked to stop after update") == 1
+    assert output.count("goes on from epoch") == 1
     assert undisturbed.wait() == 0
     first, second = load("whole"), load("run")
     a, b = tensors(first), tensors(second)
@@ -83,29 +78,20 @@ def test_a_picture_that_another_process_cannot_read_costs_no_epoch(load, picture
     assert (load("run")["epoch"], load("run")["update"]) == (0, 2)
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        (lambda: time.sleep(1000), "no batch came for 5 s"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"DataLoader worker"),
-    ],
-    ids=["hanging", "killed"],
-)
-def test_a_loader_process_that_hangs_or_dies(train, load, monkeypatch, fault, reason):
+def test_a_loader_process_that_hangs(train, load, monkeypatch):
     flags = ("--workers", "2", "--loader-timeout", "5", "--save-updates", "1", "--log-every", "10")
     assert train("whole", *flags) == 0
-    get = data_module.TrainImages.__getitem__
-    train_pid = os.getpid()
+    get, main_process = data_module.TrainImages.__getitem__, os.getpid()
 
-    def faulty(images, key):
-        if key[:2] == (1, 7) and os.getpid() != train_pid:
-            fault()
+    def hanging(images, key):
+        if key[:2] == (1, 7) and os.getpid() != main_process:
+            time.sleep(1000)
         return get(images, key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_module.TrainImages, "__getitem__", faulty)
+        patch.setattr(data_module.TrainImages, "__getitem__", hanging)
         begin = time.monotonic()
-        with pytest.raises(RunError, match=f"loading the data failed: .*{reason}"):
+        with pytest.raises(RunError, match="loading the data failed: no batch came for 5 s"):
             train("run", *flags)
     assert time.monotonic() - begin < 60
     assert load("run")["epoch"] == 1
@@ -126,12 +112,3 @@ def test_a_clock_that_jumps(train, load, monkeypatch, jump):
     history = load("run")["history"]
     assert all(row["images_per_second"] > 0 for row in history)
     assert 0 < load("run")["seconds"] < 600
-
-
-def test_processes_whose_clocks_differ_save_together(load, model_yaml, tmp_path):
-    """Whichever process finds that it is time, all of them save: each of these saves is a meeting of all."""
-    flags = ["--config", str(model_yaml), "--output", str(tmp_path / "run"), "--batch-size", "60", "--log-every", "3"]
-    run = start("train.py", *flags, "--save-minutes", "1e-4", processes=2)
-    output = run.communicate()[0]
-    assert run.returncode == 0, output
-    assert (load("run")["epoch"], load("run", "previous")["epoch"], load("run")["update"]) == (2, 1, 0)

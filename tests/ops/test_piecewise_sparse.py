@@ -140,7 +140,7 @@ def test_a_running_maximum_that_grows_late():
     inputs = [x.double() for x in (q, k, v)]
     expected = reference.attend(*inputs, reference.block_statistics(*inputs, 16), chosen, 16, 0.25)
     _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16)
-    assert relative_error(kernels.attend(q, k, v, k_mean, v_mean, slope, chosen, 16, 0.25), expected) <= 1e-5
+    assert relative_error(kernels.attend(q, k, v, k_mean, v_mean, slope, chosen, 16, 0.25), expected) <= 1e-4
 
 
 @needs_triton

@@ -1,0 +1,37 @@
+"""The command that says what bounds a run: a loader or a model that is made slow must be the one it names."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from flash_bla.engine import bottleneck, data
+from flash_bla.engine.config import parse_train
+
+
+@pytest.mark.parametrize("slow", ["input", "model"])
+def test_the_slow_part_is_named(slow, model_yaml, one_process, monkeypatch):
+    if slow == "input":
+        read = data.read_image
+        monkeypatch.setattr(data, "read_image", lambda *args: time.sleep(0.005) or read(*args))
+    else:
+        loss = bottleneck.F.cross_entropy
+        monkeypatch.setattr(bottleneck.F, "cross_entropy", lambda *args: time.sleep(0.2) or loss(*args))
+    config = parse_train(["--config", str(model_yaml), "--batch-size", "20", "--aa", "rand-m5", "--reprob", "0.3"])
+    figures = bottleneck.measure(config, one_process, seconds=0.5)
+    assert figures["both"] <= 1.1 * min(figures["input"], figures["model"])
+    assert bottleneck.verdict(figures).startswith(f"The {slow} is the bottleneck")
+
+
+def test_the_verdict_says_what_helps():
+    say = bottleneck.verdict
+    assert say({"input": 250, "model": 1000, "both": 240, "workers": 2}) == (
+        "The input is the bottleneck: it gives 250 images/s, the model takes 1000; about 8 loader processes "
+        "(--workers, now 2) would keep up."
+    )
+    assert "loader processes (--workers) would run beside it" in say(
+        {"input": 250, "model": 1000, "both": 200, "workers": 0}
+    )
+    assert say({"input": 900, "model": 500, "both": 490, "workers": 2}).endswith("the input gives 900.")
+    assert "compete for the same CPU cores" in say({"input": 900, "model": 500, "both": 300, "workers": 2})
