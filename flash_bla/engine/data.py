@@ -101,7 +101,9 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
         )  # fmt: skip
     except (RuntimeError, AssertionError, ImportError, OSError, ValueError, tarfile.TarError) as error:
         raise RunError(f"the data set {config.dataset!r} in {root} cannot be read: {error}") from error
-    if not name and os.path.isdir(root):
+    if not name and os.path.isfile(root):
+        _check_tar(root)
+    elif not name:
         _check_folder(config.data_dir, dataset.reader.root, split, class_names)
     return dataset
 
@@ -111,6 +113,14 @@ def _tar_of(root: str, split: str) -> str | None:
     same = next((names for names in (TRAIN_NAMES, EVAL_NAMES) if split in names), ())
     paths = [os.path.join(root, name) for name in (split, *same)]
     return next((f"{path}.tar" for path in paths if os.path.isfile(f"{path}.tar") and not os.path.isdir(path)), None)
+
+
+def _check_tar(path: str) -> None:
+    """Refuses a file that was cut off between two of its members, which reads as if it had no more of them."""
+    with open(path, "rb") as file:
+        file.seek(-min(1024, os.path.getsize(path)), os.SEEK_END)
+        if any(file.read()):  # two blocks of zeros
+            raise RunError(f"{path} does not end as a tar file does: it was cut short")
 
 
 def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str] | None) -> None:
@@ -334,10 +344,7 @@ def train_loader(
         transform = ErasingTransform(transform, erasing)
     options = loader_options(config, device)
     if isinstance(dataset, IterableDataset):
-        # The readers shuffle by the seeds of the loader processes, which come from this generator.
-        generator = torch.Generator().manual_seed(mixed_seed(config.seed, order.rank))
-        stream = TrainStream(dataset, transform, data["mode"], order)
-        return StreamLoader(stream, batch_size=config.batch_size, generator=generator, **options)
+        return StreamLoader(TrainStream(dataset, transform, data["mode"], order), **options)
     return Loader(TrainImages(dataset, transform, data["mode"], config.seed), batch_sampler=order, **options)
 
 
@@ -364,8 +371,7 @@ class ToDevice:
         self.std = torch.tensor(std, device=device).view(-1, 1, 1) * 255
 
     def __call__(self, batch: torch.Tensor | ErasedImages, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images = batch.images if isinstance(batch, ErasedImages) else batch
-        images = images.to(self.device, non_blocking=True)
+        images = (batch.images if isinstance(batch, ErasedImages) else batch).to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = images.float().sub_(self.mean).div_(self.std)

@@ -178,6 +178,12 @@ def _with_warnings(stream: Any, last: bool = False) -> Iterator[Item]:
 class StreamLoader(Loader):
     """Batches of a `TrainStream`, without those before its start and those that fill up the last round of an epoch."""
 
+    def __init__(self, stream: TrainStream, **options: Any):
+        order = stream.order
+        # The readers shuffle by the seeds of the loader processes, which come from this generator.
+        generator = torch.Generator().manual_seed(mixed_seed(order.seed, order.rank))
+        super().__init__(stream, batch_size=order.batch_size, generator=generator, **options)
+
     def __iter__(self) -> Iterator[Any]:
         order, workers = self.dataset.order, max(1, self.num_workers)
         batches = order.updates_per_epoch * order.accum

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -54,6 +57,20 @@ class Processes:
             dist.destroy_process_group()
 
 
+def _restarted(url: str, timeout: timedelta = dist.default_pg_timeout, **options: Any) -> Iterator[tuple]:
+    """The meeting of `env://`, in a store of its own for each restart by torchrun.
+
+    torchrun keeps one store over all restarts, in which processes may find the addresses of those before them and wait
+    for these until the time is out. On several nodes the counts of restarts can differ; there torchrun itself can be
+    told not to (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    """
+    for store, rank, count in dist.rendezvous("env://", timeout=timeout):
+        yield dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store), rank, count
+
+
+dist.register_rendezvous_handler("restarted", _restarted)
+
+
 def start_processes(device: str | None = None, threads: int | None = None) -> Processes:
     """Joins the process group where torchrun (or Slurm) started several processes, and takes this process's device.
 
@@ -70,7 +87,8 @@ def start_processes(device: str | None = None, threads: int | None = None) -> Pr
         raise RunError(f"device: {device} was asked for, but this PyTorch sees no CUDA device")
     if threads is not None:
         torch.set_num_threads(threads)
-    info = init_distributed_device_so(device)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ["GROUP_WORLD_SIZE"] == "1"
+    info = init_distributed_device_so(device, dist_url="restarted://" if restarted else None)
     return Processes(torch.device(info["device"]), info["global_rank"], info["world_size"])
 
 

@@ -28,8 +28,8 @@ def statistics_kernel(
 ):  # fmt: skip
     """One split of the blocks and one tile of v's columns: means, H_j, and the split's sum of the H_j.
 
-    slope (splits, B, H, D, D) takes the sums, square (tiles, B, H, blocks) the tile's share of ‖H_j‖². H_j is computed
-    as Σ kᵀ v - |j| k̄ᵀ v̄: products of inputs are exact where they are half precision, deviations from a mean are not.
+    slope (splits, B, H, D, D) takes the sums, square (B, H, blocks, D) the columns' squared norms. H_j is computed as
+    Σ kᵀ v - |j| k̄ᵀ v̄: products of inputs are exact where they are half precision, deviations from a mean are not.
     """
     program, tile, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     programs = tl.num_programs(0).to(tl.int64)
@@ -63,7 +63,7 @@ def statistics_kernel(
         block_slope -= k_sum[:, None] * (v_sum / size)[None, :]
         slope += block_slope
         out = program * blocks + block
-        tl.store(square_ptr + tile * programs * blocks + out, tl.sum(tl.sum(block_slope * block_slope, 1), 0))
+        tl.store(square_ptr + out * D + c, tl.sum(block_slope * block_slope, 0), mask=c < D)
         tl.store(v_mean_ptr + out * D + c, v_sum / size, mask=c < D)
         if tile == 0:
             tl.store(q_mean_ptr + out * D + d, q_sum / size, mask=d < D)
@@ -141,7 +141,7 @@ def attention_kernel(
         weights *= tl.minimum(length - j * BLOCK, BLOCK).to(tl.float32)[None, :]
         sums = tl.sum(weights, 1)
         total = total * factor + sums
-        expanded = expanded + sums
+        expanded = expanded * factor + sums
         o = tl.dot(weights.to(OPERAND), v, o * factor[:, None], input_precision=PRECISION)
 
     # what k turns away from its block's mean, to first order
@@ -178,24 +178,22 @@ def block_statistics(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> tuple[
     block_dv = min(block_d, 64)
     tiles = cdiv(D, block_dv)
     splits = min(blocks, cdiv(4 * multiprocessors(q.device), max(B * H * tiles, 1)))
-    q_mean, k_mean, v_mean, slope, square = _empty_statistics(q, blocks, (splits,), (tiles,))
+    q_mean, k_mean, v_mean, square = (q.new_empty((B, H, blocks, D), dtype=torch.float32) for _ in range(4))
+    slope = q.new_empty((splits, B, H, D, D), dtype=torch.float32)
     arguments |= dict(
         q_mean_ptr=q_mean, k_mean_ptr=k_mean, v_mean_ptr=v_mean, slope_ptr=slope, square_ptr=square,
         BLOCK_N=min(block_size, 64), BLOCK_DV=block_dv,
     )  # fmt: skip
     if q.numel() > 0:
         call(statistics_kernel, (B * H, tiles, splits), arguments, num_warps=4 if block_d <= 64 else 8)
-    return q_mean, k_mean, v_mean, slope.sum(0), square.sum(0).sqrt()
+    return q_mean, k_mean, v_mean, slope.sum(0), square.sum(-1).sqrt()
 
 
 @block_statistics.register_fake
 def _(q, k, v, block_size):
-    return _empty_statistics(q, cdiv(q.shape[2], block_size))
-
-
-def _empty_statistics(q: Tensor, blocks: int, splits: tuple[int, ...] = (), tiles: tuple[int, ...] = ()):
-    B, H, _, D = q.shape
-    shapes = [(B, H, blocks, D)] * 3 + [(*splits, B, H, D, D), (*tiles, B, H, blocks)]
+    B, H, N, D = q.shape
+    blocks = cdiv(N, block_size)
+    shapes = [*[(B, H, blocks, D)] * 3, (B, H, D, D), (B, H, blocks)]
     return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
