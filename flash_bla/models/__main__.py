@@ -42,11 +42,12 @@ def measure(model: torch.nn.Module, image: torch.Tensor) -> tuple[int, int, int]
 
 def model_table() -> str:
     """The models that the YAML files of the package define, by family, attention and size."""
-    rows = sorted((_row(read_config(path)) for path in FOLDER.glob("*.yaml")), key=lambda row: row[0])
+    rows = sorted((model_row(read_config(path)) for path in FOLDER.glob("*.yaml")), key=lambda row: row[0])
     return "\n".join([COLUMNS, "|---|---|---:|---:|---:|---|---|---|", *(line for _, line in rows)])
 
 
-def _row(config: ModelConfig) -> tuple[tuple, str]:
+def model_row(config: ModelConfig) -> tuple[tuple, str]:
+    """A model's place in the table, and its line."""
     model = timm.create_model(config.name, device="meta")  # shapes without memory
     size = model.default_cfg["input_size"]
     parameters, macs, activations = measure(model, torch.empty(1, *size, device="meta"))

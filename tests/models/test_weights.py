@@ -361,7 +361,7 @@ def test_eval_takes_official_files(save, folder):
     for script, more in (("swin", {}), ("deit", {"model_ema": official(pvt())})):
         file = save(official(pvt()), f"{script}.pth", script, **more)
         for size in ("32", "48"):
-            results[script, size] = eval_script.main(
+            (results[script, size],) = eval_script.main(
                 ["--checkpoint", file, "--model", "weights_pvt", "--img-size", size, *flags]
             )
     assert [result["weights"] for result in results.values()] == ["model", "model", "ema", "ema"]
