@@ -6,21 +6,22 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed-train
 	$(BIN)/python train.py --config configs/examples/pola_vit_digits.yaml --output output/demo
 	$(BIN)/python eval.py --checkpoint output/demo/best.pt --output output/demo/eval
 	@echo "learning curve: output/demo/curve.png"
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n auto
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/installed: pyproject.toml
+# The package with one of its extras, of which dev holds all.
+$(VENV)/installed-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	touch $@
 
 clean:
