@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, calculate_drop_path_rates
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from flash_bla.layers import DepthwiseConv, FocusedLinearAttention, register_attention
@@ -15,8 +15,7 @@ from flash_bla.models.hierarchical import (
     ConvEmbed,
     HierarchicalBackbone,
     Stage,
-    attention_by_stage,
-    stage_grids,
+    plan_stages,
 )
 from flash_bla.models.official import rename_entries
 from flash_bla.models.registry import Family
@@ -129,34 +128,34 @@ class CSwinTransformer(HierarchicalBackbone):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        attentions = attention_by_stage(attention, attention_args, len(depths))
         split_sizes = _split_by_stage(split_size, len(depths))
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, grid in enumerate(stage_grids(img_size, len(depths))):
-            offer = {
-                "qkv_bias": qkv_bias,
-                "attn_drop": attn_drop_rate,
-                "proj_drop": proj_drop_rate,
-                "grid_size": grid,
-                "split_size": split_sizes[i],
-                **(attention_args or {}),
-            }
+        plan = plan_stages(
+            img_size,
+            depths,
+            attention,
+            attention_args,
+            drop_path_rate,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate,
+        )
+        for i, (_, name, offer, rates) in enumerate(plan):
             in_dim, kernel_size, stride, padding = (dims[i - 1], 3, 2, 1) if i else (in_chans, 7, 4, 2)
             downsample = ConvEmbed(in_dim, dims[i], kernel_size, stride, padding, norm_eps=NORM_EPS, **dd)
             blocks = [
                 Block(
                     dims[i],
                     num_heads[i],
-                    attentions[i],
-                    offer,
+                    name,
+                    {"split_size": split_sizes[i], **offer},
                     mlp_ratio=mlp_ratio,
                     proj_drop=proj_drop_rate,
                     drop_path=rate,
                     norm_eps=NORM_EPS,
                     **dd,
                 )
-                for rate in drop_path_rates[i]
+                for rate in rates
             ]
             stages.append(Stage(downsample, blocks))
         super().__init__(

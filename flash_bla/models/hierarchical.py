@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm, register_notrace_function, to_2tuple, trunc_normal_
+from timm.layers import (
+    ClassifierHead,
+    LayerNorm,
+    calculate_drop_path_rates,
+    register_notrace_function,
+    to_2tuple,
+    trunc_normal_,
+)
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -243,19 +250,39 @@ class HierarchicalBackbone(nn.Module):
         return check_image(x, STRIDE * 2 ** (len(self.stages) - 1), self._static).permute(0, 2, 3, 1)
 
 
-def attention_by_stage(
-    attention: str | Sequence[str], attention_args: dict[str, Any] | None, num_stages: int
-) -> list[str]:
-    """The attention of each stage, from one name or a list of them, with the options checked.
+def plan_stages(
+    img_size: int | tuple[int, int],
+    depths: Sequence[int],
+    attention: str | Sequence[str],
+    attention_args: dict[str, Any] | None,
+    drop_path_rate: float,
+    **options: Any,
+) -> list[tuple[tuple[int, int], str, dict[str, Any], list[float]]]:
+    """What the blocks of each stage are made from.
+
+    Args:
+        img_size: Image size.
+        depths: Blocks of each stage.
+        attention: Name of the attention, or a list of one for each stage.
+        attention_args: Options that some of the attentions have.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0.
+        **options: What the backbone offers to any attention, besides the grid.
+
+    Returns:
+        For each stage its grid, the name of its attention, the options to offer to it, and the drop path of each block.
 
     Raises:
         ValueError: The list has another length, a name is unknown, or none of them has one of the options.
     """
-    attentions = [attention] * num_stages if isinstance(attention, str) else list(attention)
-    if len(attentions) != num_stages:
-        raise ValueError(f"attention must be a name or a list of {num_stages} names, got {len(attentions)}")
-    check_attention_args(attentions, attention_args or {})
-    return attentions
+    names = [attention] * len(depths) if isinstance(attention, str) else list(attention)
+    if len(names) != len(depths):
+        raise ValueError(f"attention must be a name or a list of {len(depths)} names, got {len(names)}")
+    check_attention_args(names, attention_args or {})
+    grids = stage_grids(img_size, len(depths))
+    offers = [{**options, "grid_size": grid, **(attention_args or {})} for grid in grids]
+    return list(
+        zip(grids, names, offers, calculate_drop_path_rates(drop_path_rate, depths, stagewise=True), strict=True)
+    )
 
 
 def stage_grids(img_size: int | tuple[int, int], num_stages: int = 4) -> list[tuple[int, int]]:

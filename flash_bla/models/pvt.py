@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from flash_bla.layers import resample_encoding, resample_entry
@@ -15,8 +15,7 @@ from flash_bla.models.hierarchical import (
     ConvEmbed,
     HierarchicalBackbone,
     Stage,
-    attention_by_stage,
-    stage_grids,
+    plan_stages,
 )
 from flash_bla.models.official import join_projections, rename_entries
 from flash_bla.models.registry import Family
@@ -120,30 +119,31 @@ class PyramidVisionTransformer(HierarchicalBackbone):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        attentions = attention_by_stage(attention, attention_args, len(depths))
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, grid in enumerate(stage_grids(img_size, len(depths))):
-            offer = {
-                "qkv_bias": qkv_bias,
-                "attn_drop": attn_drop_rate,
-                "proj_drop": proj_drop_rate,
-                "grid_size": grid,
-                **(attention_args or {}),
-            }
+        plan = plan_stages(
+            img_size,
+            depths,
+            attention,
+            attention_args,
+            drop_path_rate,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate,
+        )
+        for i, (grid, name, offer, rates) in enumerate(plan):
             in_dim, patch_size = (embed_dims[i - 1], 2) if i else (in_chans, 4)
             blocks = [
                 Block(
                     embed_dims[i],
                     num_heads[i],
-                    attentions[i],
+                    name,
                     offer,
                     mlp_ratio=mlp_ratios[i],
                     proj_drop=proj_drop_rate,
                     drop_path=rate,
                     **dd,
                 )
-                for rate in drop_path_rates[i]
+                for rate in rates
             ]
             stages.append(Stage(PatchEmbed(in_dim, embed_dims[i], patch_size, grid, pos_drop_rate, **dd), blocks))
         super().__init__(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import LayerNorm, calculate_drop_path_rates
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 
 from flash_bla.layers import DepthwiseConv
@@ -15,8 +15,7 @@ from flash_bla.models.hierarchical import (
     ConvEmbed,
     HierarchicalBackbone,
     Stage,
-    attention_by_stage,
-    stage_grids,
+    plan_stages,
 )
 from flash_bla.models.official import join_projections, rename_entries
 from flash_bla.models.registry import Family
@@ -107,24 +106,25 @@ class PyramidVisionTransformerV2(HierarchicalBackbone):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        attentions = attention_by_stage(attention, attention_args, len(depths))
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, grid in enumerate(stage_grids(img_size, len(depths))):
-            offer = {
-                "qkv_bias": qkv_bias,
-                "attn_drop": attn_drop_rate,
-                "proj_drop": proj_drop_rate,
-                "grid_size": grid,
-                **(attention_args or {}),
-            }
+        plan = plan_stages(
+            img_size,
+            depths,
+            attention,
+            attention_args,
+            drop_path_rate,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate,
+        )
+        for i, (_, name, offer, rates) in enumerate(plan):
             in_dim, kernel_size, stride = (embed_dims[i - 1], 3, 2) if i else (in_chans, 7, 4)
             embed = ConvEmbed(in_dim, embed_dims[i], kernel_size, stride, padding=kernel_size // 2, **dd)
             blocks = [
                 ConvMlpBlock(
                     embed_dims[i],
                     num_heads[i],
-                    attentions[i],
+                    name,
                     offer,
                     mlp_ratio=mlp_ratios[i],
                     mlp_layer=ConvMlp,
@@ -133,7 +133,7 @@ class PyramidVisionTransformerV2(HierarchicalBackbone):
                     norm_eps=NORM_EPS,
                     **dd,
                 )
-                for rate in drop_path_rates[i]
+                for rate in rates
             ]
             stages.append(Stage(embed, blocks, norm=LayerNorm(embed_dims[i], eps=NORM_EPS, **dd)))
         super().__init__(

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from flash_bla.layers import DepthwiseConv
 from flash_bla.models.block import Block
-from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, attention_by_stage, stage_grids
+from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
 from flash_bla.models.registry import Family
 
@@ -140,22 +140,23 @@ class RAVLT(HierarchicalBackbone):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        attentions = attention_by_stage(attention, attention_args, len(depths))
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, grid in enumerate(stage_grids(img_size, len(depths))):
-            offer = {
-                "qkv_bias": qkv_bias,
-                "attn_drop": attn_drop_rate,
-                "proj_drop": proj_drop_rate,
-                "grid_size": grid,
-                **(attention_args or {}),
-            }
+        plan = plan_stages(
+            img_size,
+            depths,
+            attention,
+            attention_args,
+            drop_path_rate,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate,
+        )
+        for i, (_, name, offer, rates) in enumerate(plan):
             blocks = [
                 RavltBlock(
                     embed_dims[i],
                     num_heads[i],
-                    attentions[i],
+                    name,
                     offer,
                     mlp_ratio=mlp_ratio,
                     init_values=init_values[i],
@@ -163,7 +164,7 @@ class RAVLT(HierarchicalBackbone):
                     drop_path=rate,
                     **dd,
                 )
-                for rate in drop_path_rates[i]
+                for rate in rates
             ]
             to_grid = downsample(embed_dims[i - 1], embed_dims[i], **dd) if i else stem(in_chans, embed_dims[0], **dd)
             stages.append(Stage(to_grid, blocks))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import LayerNorm, calculate_drop_path_rates, to_2tuple
+from timm.layers import LayerNorm, to_2tuple
 from torch import Tensor, nn
 
 from flash_bla.models.block import Block
@@ -13,9 +13,8 @@ from flash_bla.models.hierarchical import (
     ConvEmbed,
     HierarchicalBackbone,
     Stage,
-    attention_by_stage,
     pad_to_multiple,
-    stage_grids,
+    plan_stages,
 )
 from flash_bla.models.official import rename_entries
 from flash_bla.models.registry import Family
@@ -99,33 +98,33 @@ class SwinTransformer(HierarchicalBackbone):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        attentions = attention_by_stage(attention, attention_args, len(depths))
         window_sizes = _window_by_stage(window_size, len(depths))
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
-        for i, grid in enumerate(stage_grids(img_size, len(depths))):
-            offer = {
-                "qkv_bias": qkv_bias,
-                "attn_drop": attn_drop_rate,
-                "proj_drop": proj_drop_rate,
-                "grid_size": grid,
-                "window_size": window_sizes[i],
-                **(attention_args or {}),
-            }
+        plan = plan_stages(
+            img_size,
+            depths,
+            attention,
+            attention_args,
+            drop_path_rate,
+            qkv_bias=qkv_bias,
+            attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate,
+        )
+        for i, (_, name, offer, rates) in enumerate(plan):
             downsample = PatchMerging(dims[i - 1], dims[i], **dd) if i else ConvEmbed(in_chans, embed_dim, 4, 4, **dd)
             blocks = [
                 Block(
                     dims[i],
                     num_heads[i],
-                    attentions[i],
-                    {"shift": j % 2 == 1, **offer},
+                    name,
+                    {"window_size": window_sizes[i], "shift": j % 2 == 1, **offer},
                     mlp_ratio=mlp_ratio,
                     proj_drop=proj_drop_rate,
                     drop_path=rate,
                     norm_eps=NORM_EPS,
                     **dd,
                 )
-                for j, rate in enumerate(drop_path_rates[i])
+                for j, rate in enumerate(rates)
             ]
             stages.append(Stage(downsample, blocks))
         super().__init__(
