@@ -151,7 +151,8 @@ def test_any_strides():
     k = k.transpose(2, 3).contiguous().transpose(2, 3)
     v = torch.stack([v, v], dim=-1)[..., 0]
     q = q.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-    assert torch.equal(piecewise_sparse_attention(q, k, v, 0.5, 16, backend="triton"), o)
+    # not equal bit for bit: other strides may give other layouts, whose sums have another order
+    assert relative_error(piecewise_sparse_attention(q, k, v, 0.5, 16, backend="triton"), o) <= 1e-6
 
 
 def test_on_smooth_tokens_the_error_falls_as_the_density_rises():
