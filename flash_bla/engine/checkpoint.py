@@ -102,7 +102,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         raise DamagedCheckpoint(f"{path} is damaged, or holds objects that are not safe to load") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, zipfile.BadZipFile, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DamagedCheckpoint(f"{path} is no whole checkpoint: {reason}") from error
     if not isinstance(content, dict):
