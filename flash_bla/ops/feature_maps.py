@@ -1,8 +1,8 @@
 """Feature maps φ: what tells one linear attention from another.
 
-A map is defined once for PyTorch (the specification, any dtype and device) and once for Triton: the value and its
-derivatives by the input and by the map's parameter, elementwise on float32 tiles. Both stand side by side below; to add
-a map, add the two and an entry in ``FEATURE_MAPS`` and ``TRITON_FEATURE_MAPS``.
+A map is defined once for PyTorch (the specification, any dtype and device) and once for Triton: the value, and from
+input and value the derivatives by the input and by the map's parameter, elementwise on float32 tiles. Both stand side
+by side below; to add a map, add the two and an entry in ``FEATURE_MAPS`` and ``TRITON_FEATURE_MAPS``.
 
     identity        φ(x) = x
     relu            φ(x) = max(x, 0)
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flash_bla.ops.triton_support import jit, tl
+from flash_bla.ops.triton_support import fast_log2, jit, tl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,7 @@ def _identity_triton(x, a, P: tl.constexpr):
 
 
 @jit
-def _identity_dx(x, a, P: tl.constexpr):
+def _identity_dx(x, phi, a, P: tl.constexpr):
     return x * 0.0 + 1.0
 
 
@@ -131,8 +131,8 @@ def _relu_triton(x, a, P: tl.constexpr):
 
 
 @jit
-def _relu_dx(x, a, P: tl.constexpr):
-    return tl.where(x > 0.0, 1.0, 0.0)
+def _relu_dx(x, phi, a, P: tl.constexpr):
+    return tl.where(phi > 0.0, 1.0, 0.0)
 
 
 # --- elu + 1 ----------------------------------------------------------------------------------------------------------
@@ -144,12 +144,12 @@ def _elu1(x, parameter, exponent):
 
 @jit
 def _elu1_triton(x, a, P: tl.constexpr):
-    return tl.where(x > 0.0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+    return tl.maximum(x, 0.0) + tl.exp2(tl.minimum(x * 1.4426950408889634, 0.0))
 
 
 @jit
-def _elu1_dx(x, a, P: tl.constexpr):
-    return tl.exp(tl.minimum(x, 0.0))
+def _elu1_dx(x, phi, a, P: tl.constexpr):
+    return tl.minimum(phi, 1.0)
 
 
 # --- focusing power (the Triton functions give uᵖ; the norm ratio comes as a weight per token) ------------------------
@@ -174,16 +174,16 @@ def _focusing_power_triton(x, a, P: tl.constexpr):
 
 
 @jit
-def _focusing_power_dx(x, a, P: tl.constexpr):
+def _focusing_power_dx(x, phi, a, P: tl.constexpr):
     return tl.where(x > 0.0, P * _integer_power((tl.maximum(x, 0.0) + 1e-6) / a, P - 1) / a, 0.0)
 
 
 @jit
-def _focusing_power_da(x, a, P: tl.constexpr):
-    return -P * _integer_power((tl.maximum(x, 0.0) + 1e-6) / a, P) / a
+def _focusing_power_da(x, phi, a, P: tl.constexpr):
+    return -P * phi / a
 
 
-# --- signed power (the Triton functions give the positive half; the kernels call them on x and on -x) -----------------
+# --- signed power (the Triton functions are of |x|; the kernels know the sign) ----------------------------------------
 
 
 def _signed_power(x, parameter, exponent):
@@ -197,24 +197,22 @@ def _signed_power(x, parameter, exponent):
 
 @jit
 def _log2_magnitude(x):
-    # The same expression for x and -x, so that the compiler takes one logarithm for both signs.
-    return tl.log2(tl.where(x == 0.0, 1.0, tl.abs(x)))
+    return fast_log2(tl.maximum(x, 1e-37))  # finite at 0
 
 
 @jit
 def _signed_power_triton(x, a, P: tl.constexpr):
-    return tl.where(x > 0.0, tl.exp2(a * _log2_magnitude(x)), 0.0)
+    return tl.exp2(a * _log2_magnitude(x))
 
 
 @jit
-def _signed_power_dx(x, a, P: tl.constexpr):
-    return tl.where(x > 0.0, a * tl.exp2((a - 1.0) * _log2_magnitude(x)), 0.0)
+def _signed_power_dx(x, phi, a, P: tl.constexpr):
+    return a * tl.exp2((a - 1.0) * _log2_magnitude(x))
 
 
 @jit
-def _signed_power_da(x, a, P: tl.constexpr):
-    log2 = _log2_magnitude(x)
-    return tl.where(x > 0.0, 0.6931471805599453 * log2 * tl.exp2(a * log2), 0.0)
+def _signed_power_da(x, phi, a, P: tl.constexpr):
+    return 0.6931471805599453 * _log2_magnitude(x) * phi
 
 
 FEATURE_MAPS = {
@@ -225,11 +223,12 @@ FEATURE_MAPS = {
     "signed_power": _signed_power,
 }
 
-# name: (value, derivative by x, derivative by the parameter); a map without a parameter never calls the last.
+# name: (value, derivative by x, derivative by the parameter, where the value is zero); a map without a parameter never
+# calls the third.
 TRITON_FEATURE_MAPS = {
-    "identity": (_identity_triton, _identity_dx, _identity_dx),
-    "relu": (_relu_triton, _relu_dx, _relu_dx),
-    "elu1": (_elu1_triton, _elu1_dx, _elu1_dx),
-    "focusing_power": (_focusing_power_triton, _focusing_power_dx, _focusing_power_da),
-    "signed_power": (_signed_power_triton, _signed_power_dx, _signed_power_da),
+    "identity": (_identity_triton, _identity_dx, _identity_dx, 0.0),
+    "relu": (_relu_triton, _relu_dx, _relu_dx, 0.0),
+    "elu1": (_elu1_triton, _elu1_dx, _elu1_dx, -1e4),
+    "focusing_power": (_focusing_power_triton, _focusing_power_dx, _focusing_power_da, 0.0),
+    "signed_power": (_signed_power_triton, _signed_power_dx, _signed_power_da, 0.0),
 }

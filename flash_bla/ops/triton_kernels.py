@@ -1,448 +1,933 @@
-"""Linear attention in Triton: the streaming kernels.
+"""Linear attention in Triton: the kernels.
 
-Queries and keys play the same part in turn. With x̂ the numerator's features and x̃ the denominator's, both directions
-consist of
+With φ the numerator's features (turned by the rotary encoding, if any) and φ̃ the denominator's, forward and backward
+pass are four loops over rows, of which each reads and writes every tensor once:
 
-    state      S = s Σ x̂ᵀ y,  z = Σ c x̃        over keys (y = v) forward; over queries (y = do / denominator) backward
-    output     o = q̂ S / (q̃ · z + ε)            forward
-    gradient   dx from dx̂ = y Sᵀ, dx̃ = c z      for queries with the keys' state, for keys with the queries' state
+    sum_keys              S = s Σ φ(k)ᵀ v,  z = Σ φ̃(k) / M
+    write_output          o = φ(q) S / (φ̃(q) · z + ε)
+    differentiate_queries dφ(q) = dn Sᵀ,  dφ̃(q) = c z;  sums dS = Σ φ(q)ᵀ dn,  dz = Σ c φ̃(q)
+    differentiate_keys    dφ(k) = s v dSᵀ,  dφ̃(k) = dz / M,  dv = s φ(k) dS
 
-Where numerator and denominator share their features, the values' mean m = Σ S / Σ z is taken out of the state, which
-becomes S - z m: then o = m + (q̂ (S - z m) - ε m) / (q̃ · z + ε), and the gradients, differences between values and
-outputs, are not left to cancel between terms as large as the mean.
+where dn = do / (φ̃(q) · z + ε) and c = -dn · o / (φ̃(q) · z + ε) = -φ(q) · (dn Sᵀ) / (φ̃(q) · z + ε): the backward pass
+needs no o.
 
-Precision, the same everywhere: features, sums and denominators are float32. Operands of matrix products are bfloat16
-for bfloat16 inputs, and float32 otherwise, never tf32: sums over thousands of tokens and powers of features overflow
-float16. What is rounded to bfloat16 is rounded once, before it enters numerator and denominator alike, so that the
-rounding cancels between them.
+Where numerator and denominator have the same features, the values' mean m = Σ S / Σ z is taken out of S and v in the
+backward pass, S - z m and v - m: gradients are differences between values and outputs, and are then not left to cancel
+between terms as large as the mean.
 
-``signed_power`` has features of two signs, φ(x) and φ(-x) ("SIGNS"), and two streams: the second half of v's channels
-sees the queries with the opposite sign ("STREAMS"). With every other map both are 1.
+Short sequences take one launch a direction, a program for each (``forward_kernel``, ``backward_kernel``). Long ones are
+split: the sums of the splits are added up, always in the same order, by ``reduce_kernel``.
+
+Heads narrower than a tile share one: GROUP heads stand side by side in its columns, so that whole cache lines are read,
+and their states are the diagonal blocks of one matrix whose other blocks are zero.
+
+``signed_power`` has features of two signs, φ(x) and φ(-x) ("SIGNED"). The first half of the values' columns sees
+[φ(q), φ(-q)], the second half [φ(-q), φ(q)]. So o = φ(q) S₊ + φ(-q) S₋, where S₊ holds the sums over φ(k) in the first
+half of its columns and those over φ(-k) in the second, and S₋ the others.
+
+Precision: features, sums and denominators are float32. Operands of matrix products are bfloat16 for bfloat16 inputs,
+and float32 otherwise, never tf32: sums over thousands of tokens and powers of features overflow float16.
+
+Speed: these loops are bound by memory only while they issue few instructions. So v and do go to the matrix units as
+they are; what divides or shifts them is applied to features and products. Denominators are matrix products, too. The
+states are kept transposed, (DV, D), for which no operand that was computed has to be transposed. Every row of a tile is
+computed in one register layout, that of the products' results.
 """
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, tl
-from flash_bla.ops.triton_support import tile_pointers as _tile
+from typing import NamedTuple
 
-# A program loops over the blocks of rows of one split of one sequence and head. Strides come as tuples in the order
-# (batch, head, row, column).
+from flash_bla.ops.triton_support import INTERPRETING, NOT_SPECIALIZED, jit, tl
+
+
+class Config(NamedTuple):
+    """What is fixed when a kernel is compiled; BLOCK_* are the sides of the tiles."""
+
+    D: int
+    DV: int
+    GROUP: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    EXPONENT: int
+    SIGNED: bool
+    PARAMETER: bool
+    NORMALIZE: bool
+    CENTER: bool
+    ROPE: bool
+    DECOUPLED: bool
+    QUERY_WEIGHT: bool
+    KEY_WEIGHT: bool
+    VARLEN: bool
+    MEAN: bool  # s = 1 / M
+    FEW: bool  # keys
+    WIDE: bool  # tiles that span 2³¹ elements and more
+
+
+# --- rows, columns, heads ---------------------------------------------------------------------------------------------
+# Strides come as tuples in the order (batch, head, row, column).
 
 
 @jit
-def _span(cu_seqlens, sequence, length, VARLEN: tl.constexpr):
-    """Batch index, first row and number of rows of a sequence."""
-    if VARLEN:
+def _place(heads, cu_seqlens, length, C: tl.constexpr):
+    """Sequence, batch index, first of the group's heads, first row and number of rows of this program."""
+    groups = tl.cdiv(heads, C.GROUP)
+    sequence = (tl.program_id(0) // groups).to(tl.int64)
+    head = tl.program_id(0) % groups * C.GROUP
+    if C.VARLEN:
         first = tl.load(cu_seqlens + sequence)
-        return sequence.to(tl.int64) * 0, first, tl.load(cu_seqlens + sequence + 1) - first
+        return sequence, 0, head, first, tl.load(cu_seqlens + sequence + 1) - first
     else:
-        return sequence.to(tl.int64), 0, length
+        return sequence, sequence, head, 0, length
 
 
 @jit
-def _share(split, count, BLOCK_N: tl.constexpr):
-    """First row and end of a split: whole blocks, spread evenly over the splits."""
-    chunk = tl.cdiv(tl.cdiv(count, tl.num_programs(2)), BLOCK_N) * BLOCK_N
-    return split * chunk, tl.minimum(split * chunk + chunk, count)
+def _share(count, C: tl.constexpr):
+    """First row and end of this program's split: whole blocks, spread evenly over the splits."""
+    chunk = tl.cdiv(tl.cdiv(count, tl.num_programs(1)), C.BLOCK_N) * C.BLOCK_N
+    begin = tl.program_id(1) * chunk
+    return begin, tl.minimum(begin + chunk, count)
 
 
 @jit
-def _turn(x, cos, sin, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _columns(head, heads, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    """Head (from the group's first) and channel of each column of a tile, and whether it exists."""
+    column = tl.arange(0, BLOCK)
+    if C.GROUP == 1:
+        return column * 0, column, column < D
+    else:
+        return column // D, column % D, head + column // D < heads
+
+
+@jit
+def _offsets(head, channel, strides, C: tl.constexpr):
+    """Offsets in a tile from its first row and head."""
+    if C.WIDE:
+        rows, columns = tl.arange(0, C.BLOCK_N).to(tl.int64), (head.to(tl.int64), channel.to(tl.int64))
+    else:
+        rows, columns = tl.arange(0, C.BLOCK_N), (head, channel)
+    return (rows * strides[2])[:, None] + (columns[0] * strides[1] + columns[1] * strides[3])[None, :]
+
+
+@jit
+def _identity(BLOCK: tl.constexpr, OPERAND: tl.constexpr):
+    if OPERAND == tl.bfloat16:
+        i = tl.arange(0, BLOCK)
+        return tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(OPERAND)
+    else:
+        return 0.0
+
+
+@jit
+def _to_product_layout(x, identity, OPERAND: tl.constexpr):
+    """x in float32, in the register layout of a product's result: as its product with the identity."""
+    if OPERAND == tl.bfloat16:
+        return tl.dot(x, identity)
+    else:
+        return x.to(tl.float32)
+
+
+@jit
+def _start(pointer, strides, batch, head, row):
+    return pointer + batch * strides[0] + head.to(tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
+
+
+@jit
+def _next(pointer, strides, C: tl.constexpr):
+    return pointer + tl.full((), C.BLOCK_N, tl.int64) * strides[2]
+
+
+@jit
+def _zeros(rows: tl.constexpr, columns: tl.constexpr):
+    return tl.zeros((rows, columns), tl.float32)
+
+
+@jit
+def _by_head(x, D: tl.constexpr, C: tl.constexpr):
+    """Sums of a tile's columns by head: (rows, columns) to (rows, GROUP)."""
+    if C.GROUP == 1:
+        return tl.sum(x, 1)[:, None]
+    else:
+        return tl.sum(tl.reshape(x, x.shape[0], C.GROUP, D), 2)
+
+
+@jit
+def _by_sixteenth(x, C: tl.constexpr):
+    """Sums over rows as far as a thread holds several of them in the layout of a load: to (16, columns)."""
+    return tl.sum(tl.reshape(x, C.BLOCK_N // 16, 16, C.BLOCK_D), 0)
+
+
+@jit
+def _zeros3(blocks: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    return tl.zeros((blocks, rows, columns), tl.float32)
+
+
+@jit
+def _by_eighth(x, C: tl.constexpr):
+    """The same in the layout of a product: to (rows / 16, 8, columns)."""
+    return tl.sum(tl.reshape(x, C.BLOCK_N // 16, 2, 8, C.BLOCK_D), 1)
+
+
+@jit
+def _sum_eighths(x):
+    return tl.sum(tl.sum(x, 0), 0)
+
+
+@jit
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@jit
+def _both_by_head(x, y, D: tl.constexpr, C: tl.constexpr):
+    """``_by_head`` of two tiles, in one reduction: so the compiler gives both the same layout."""
+    if C.GROUP == 1:
+        x, y = tl.reduce((x, y), 1, _add)
+        return x[:, None], y[:, None]
+    else:
+        x, y = tl.reshape(x, x.shape[0], C.GROUP, D), tl.reshape(y, y.shape[0], C.GROUP, D)
+        return tl.reduce((x, y), 2, _add)
+
+
+if INTERPRETING:  # a reduction of two takes the interpreter minutes
+
+    @jit
+    def _both_by_head(x, y, D: tl.constexpr, C: tl.constexpr):
+        return _by_head(x, D, C), _by_head(y, D, C)
+
+
+@jit
+def _to_columns(x, D: tl.constexpr, C: tl.constexpr):
+    """A number for each head to the columns of a tile: (rows, GROUP) to what broadcasts with (rows, columns)."""
+    if C.GROUP == 1:
+        return x
+    else:
+        x = tl.broadcast_to(x[:, :, None], x.shape[0], C.GROUP, D)
+        return tl.reshape(x, x.shape[0], C.GROUP * D)
+
+
+@jit
+def _load_weight(w_ptr, strides, head, heads, inside, C: tl.constexpr):
+    """Weights (rows, GROUP) to the columns of a tile."""
+    h = tl.arange(0, C.GROUP)
+    mask = inside[:, None] & (head + h < heads)[None, :]
+    return _to_columns(
+        tl.load(w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C), mask=mask, other=0.0), C.D, C
+    )
+
+
+@jit
+def _store_weight(w_ptr, strides, head, heads, inside, dw, C: tl.constexpr):
+    h = tl.arange(0, C.GROUP)
+    tl.store(
+        w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C),
+        dw,
+        mask=inside[:, None] & (head + h < heads)[None, :],
+    )
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _turn(x, cos, sin, C: tl.constexpr):
     """Turns adjacent pairs of columns."""
-    even, odd = tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, COLUMNS))
+    even, odd = tl.split(tl.reshape(x, C.BLOCK_N, C.BLOCK_D // 2, 2))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), C.BLOCK_N, C.BLOCK_D)
 
 
 @jit
-def _load_rope(cos, sin, strides, head, n, inside, ROPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    if ROPE:
-        pair = tl.arange(0, BLOCK_D // 2)
-        mask = inside[:, None] & (pair < D // 2)[None, :]
-        cos = tl.load(_tile(cos + head * strides[0], n, pair, strides[1], strides[2]), mask=mask, other=0.0)
-        sin = tl.load(_tile(sin + head * strides[0], n, pair, strides[1], strides[2]), mask=mask, other=0.0)
-        return cos, sin
-    else:
-        return 0.0, 0.0
+def _load_rope(cos_ptr, sin_ptr, strides, head, heads, n, inside, C: tl.constexpr):
+    h, pair, exists = _columns(head, heads, C.D // 2, C.BLOCK_D // 2, C)
+    columns = (head + h).to(tl.int64) * strides[0] + pair.to(tl.int64) * strides[2]
+    offsets = n.to(tl.int64)[:, None] * strides[1] + columns[None, :]
+    mask = inside[:, None] & exists[None, :]
+    return tl.load(cos_ptr + offsets, mask=mask, other=0.0), tl.load(sin_ptr + offsets, mask=mask, other=0.0)
 
 
 @jit
-def _load_weight(w, strides, batch, head, row, inside, WEIGHT: tl.constexpr):
-    if WEIGHT:
-        pointers = w + batch * strides[0] + head * strides[1] + row.to(tl.int64) * strides[2]
-        return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)[:, None]
+def _load_parameter(a_ptr, head, heads, C: tl.constexpr):
+    if C.PARAMETER:
+        h, channel, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+        return tl.load(a_ptr + (head + h) * C.D + channel, mask=exists, other=1.0)[None, :]
     else:
         return 1.0
 
 
 @jit
-def _load_parameter(a, head, d, PARAMETER: tl.constexpr, D: tl.constexpr):
-    if PARAMETER:
-        return tl.load(a + head * D + d, mask=d < D, other=1.0)[None, :]
+def _features(x, a, PHI: tl.constexpr, C: tl.constexpr):
+    """φ(x), and φ(-x) if ``SIGNED``."""
+    if C.SIGNED:
+        power = PHI(tl.abs(x), a, C.EXPONENT)
+        return tl.where(x > 0.0, power, 0.0), tl.where(x < 0.0, power, 0.0)
     else:
-        return 1.0
+        return PHI(x, a, C.EXPONENT), 0.0
 
 
 @jit
-def _features(
-    x, a, w, cos, sin, mask,
-    PHI: tl.constexpr, EXPONENT: tl.constexpr, OPERAND: tl.constexpr, ROPE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def _rounded_if_few(features, OPERAND: tl.constexpr, C: tl.constexpr):
+    """What z sums. Of few tokens it must be rounded as what S sums; of many the difference averages out."""
+    if C.FEW:
+        return features.to(OPERAND).to(tl.float32)
+    else:
+        return features
+
+
+@jit
+def _features_backward(x, a, plus, minus, d_plus, d_minus, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, C: tl.constexpr):
+    """Gradients by x and by the map's parameter, the latter of each element, from φ(±x) and the gradients by it."""
+    if C.SIGNED:
+        d = tl.where(x > 0.0, d_plus, tl.where(x < 0.0, d_minus, 0.0))
+        power = plus + minus
+        dx = d * PHI_DX(tl.abs(x), power, a, C.EXPONENT)
+        return tl.where(x < 0.0, -dx, dx), d * PHI_DA(tl.abs(x), power, a, C.EXPONENT)
+    elif C.PARAMETER:
+        return d_plus * PHI_DX(x, plus, a, C.EXPONENT), d_plus * PHI_DA(x, plus, a, C.EXPONENT)
+    else:
+        return d_plus * PHI_DX(x, plus, a, C.EXPONENT), 0.0
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+# In memory (B, H, SIGNS, DV + 1, D): S, and z as its last row; those of splits one after the other.
+
+
+@jit
+def _state_offsets(head, heads, C: tl.constexpr):
+    """Offsets of S₊ from the first head's, those of z₊, and which exist; S₋ and z₋ come (DV + 1) D later."""
+    SIGNS: tl.constexpr = 2 if C.SIGNED else 1
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    offsets = ((hv * SIGNS * (C.DV + 1) + c) * C.D)[:, None] + d[None, :]
+    mask = exists_v[:, None] & exists[None, :] & (hv[:, None] == h[None, :])
+    return offsets, mask, (h * SIGNS * (C.DV + 1) + C.DV) * C.D + d, exists
+
+
+@jit
+def _load_state(state_ptr, at, head, heads, C: tl.constexpr):
+    """S₊, S₋, z₊, z₋ of the group whose first head is the ``at``-th."""
+    offsets, mask, z_offsets, exists = _state_offsets(head, heads, C)
+    state_ptr += at * ((2 if C.SIGNED else 1) * (C.DV + 1) * C.D)
+    plus = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+    z_plus = tl.load(state_ptr + z_offsets, mask=exists, other=0.0)
+    if C.SIGNED:
+        state_ptr += (C.DV + 1) * C.D
+        minus = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+        z_minus = tl.load(state_ptr + z_offsets, mask=exists, other=0.0)
+        return plus, minus, z_plus, z_minus
+    else:
+        return plus, 0.0, z_plus, 0.0
+
+
+@jit
+def _store_state(state_ptr, at, head, heads, plus, minus, z_plus, z_minus, C: tl.constexpr):
+    offsets, mask, z_offsets, exists = _state_offsets(head, heads, C)
+    state_ptr += at * ((2 if C.SIGNED else 1) * (C.DV + 1) * C.D)
+    tl.store(state_ptr + offsets, plus, mask=mask)
+    tl.store(state_ptr + z_offsets, z_plus, mask=exists)
+    if C.SIGNED:
+        state_ptr += (C.DV + 1) * C.D
+        tl.store(state_ptr + offsets, minus, mask=mask)
+        tl.store(state_ptr + z_offsets, z_minus, mask=exists)
+
+
+@jit
+def _mask_heads(state, C: tl.constexpr):
+    """Zero where a row and a column are not of the same head."""
+    if C.GROUP == 1:
+        return state
+    else:
+        hv, h = tl.arange(0, C.BLOCK_DV) // C.DV, tl.arange(0, C.BLOCK_D) // C.D
+        return tl.where(hv[:, None] == h[None, :], state, 0.0)
+
+
+@jit
+def _first_half(C: tl.constexpr):
+    """Which of the values' channels are in the first half of their head's."""
+    return tl.arange(0, C.BLOCK_DV) % C.DV < C.DV // 2
+
+
+@jit
+def _swap_halves(plus, minus, C: tl.constexpr):
+    """Sums over φ(k) and φ(-k) to S₊ and S₋, and back."""
+    if C.SIGNED:
+        first = _first_half(C)[:, None]
+        return tl.where(first, plus, minus), tl.where(first, minus, plus)
+    else:
+        return plus, minus
+
+
+@jit
+def _center(plus, minus, z_plus, z_minus, C: tl.constexpr):
+    """S - z m, and the values' mean m = Σ S / Σ z."""
+    if C.CENTER:
+        sums = tl.sum(tl.where(z_plus < 0.0, -1.0, 1.0)[None, :] * plus, 1)
+        total = _by_head(tl.abs(z_plus)[None, :], C.D, C)
+        if C.SIGNED:
+            sums += tl.sum(minus, 1)
+            total += _by_head(z_minus[None, :], C.D, C)
+        total = tl.reshape(tl.broadcast_to(_to_columns(total, C.DV, C), 1, C.BLOCK_DV), C.BLOCK_DV)
+        mean = tl.where(total > 0.0, sums / total, 0.0)
+        if C.SIGNED:
+            first = _first_half(C)[:, None]
+            plus -= mean[:, None] * tl.where(first, z_plus[None, :], z_minus[None, :])
+            minus -= mean[:, None] * tl.where(first, z_minus[None, :], z_plus[None, :])
+            return _mask_heads(plus, C), _mask_heads(minus, C), mean
+        else:
+            return _mask_heads(plus - mean[:, None] * z_plus[None, :], C), minus, mean
+    else:
+        return plus, minus, tl.sum(_zeros(1, C.BLOCK_DV), 0)
+
+
+# --- products with vectors --------------------------------------------------------------------------------------------
+# A vector for each head becomes the 16 columns of a matrix: (head, part), with what a bfloat16 rounds off as the second
+# part.
+
+
+@jit
+def _vector_operand(x, D: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr):
+    """The matrix (BLOCK, 16) of a vector of BLOCK elements, D for each head."""
+    PARTS: tl.constexpr = 16 // C.GROUP
+    column = tl.arange(0, 16)
+    x = x[:, None] + _zeros(1, 16)
+    if C.GROUP > 1:
+        x = tl.where((tl.arange(0, BLOCK) // D)[:, None] == (column // PARTS)[None, :], x, 0.0)
+    rounded = x.to(OPERAND)
+    rest = (x - rounded.to(tl.float32)).to(OPERAND)
+    part = (column % PARTS)[None, :]
+    return tl.where(part == 0, rounded, tl.where(part == 1, rest, 0.0))
+
+
+@jit
+def _vector_product(x, operand, PRECISION: tl.constexpr, C: tl.constexpr):
+    """The products of a tile's rows with the vector, by head: (rows, GROUP)."""
+    products = tl.dot(x, operand, input_precision=PRECISION)
+    if C.GROUP == 1:
+        return tl.sum(products, 1)[:, None]
+    else:
+        return tl.sum(tl.reshape(products, C.BLOCK_N, C.GROUP, 16 // C.GROUP), 2)
+
+
+@jit
+def _to_value_columns(first, second, C: tl.constexpr):
+    """A number for each head and half to the values' columns."""
+    if C.SIGNED:
+        return tl.where(_first_half(C)[None, :], _to_columns(first, C.DV, C), _to_columns(second, C.DV, C))
+    else:
+        return _to_columns(first, C.DV, C)
+
+
+@jit
+def _signed_denominators(plus, minus, z_plus, z_minus, eps, OPERAND: tl.constexpr, C: tl.constexpr):
+    """[φ(q), φ(-q)] · z and [φ(-q), φ(q)] · z + ε: those of the first and of the second half of the values' columns."""
+    positive = plus > 0.0
+    power = (plus + minus).to(OPERAND).to(tl.float32)
+    equal, opposite = tl.where(positive, z_plus, z_minus), tl.where(positive, z_minus, z_plus)
+    first, second = _both_by_head(power * equal, power * opposite, C.D, C)
+    return first + eps, second + eps
+
+
+# --- the loops --------------------------------------------------------------------------------------------------------
+
+
+@jit
+def sum_keys(
+    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr, rope_strides,
+    batch, head, heads, first, begin, end, count, scale,
+    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """w φ(x): turned, as operand of the numerator; unturned and rounded alike, in float32, for the denominator."""
-    features = tl.where(mask, PHI(x, a, EXPONENT) * w, 0.0)
-    rounded = features.to(OPERAND)
-    if ROPE:
-        return _turn(features, cos, sin, BLOCK_N, BLOCK_D).to(OPERAND), rounded.to(tl.float32)
-    else:
-        return rounded, rounded.to(tl.float32)
+    """S₊, S₋ = s Σ φ(±k)ᵀ v and z₊, z₋ = Σ φ̃(±k) / M over the rows from ``begin`` to ``end``."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    k_ptr, k_tile = _start(k_ptr, k_strides, batch, head, first + begin), _offsets(h, d, k_strides, C)
+    v_ptr, v_tile = _start(v_ptr, v_strides, batch, head, first + begin), _offsets(hv, c, v_strides, C)
+    if C.DECOUPLED:
+        kd_ptr, kd_tile = _start(kd_ptr, kd_strides, batch, head, first + begin), _offsets(h, d, kd_strides, C)
+    if C.KEY_WEIGHT:
+        wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
+    a = _load_parameter(a_ptr, head, heads, C)
+    plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
+    minus = _zeros(C.BLOCK_DV, C.BLOCK_D)
+    z_plus = _zeros(16, C.BLOCK_D)
+    z_minus = _zeros(16, C.BLOCK_D)
+
+    for start in range(begin, end, C.BLOCK_N):
+        n = start + tl.arange(0, C.BLOCK_N)
+        inside = n < end
+        mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
+        k = tl.load(k_ptr + k_tile, mask=mask, other=PAD).to(tl.float32)  # φ is zero where PAD stands
+        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
+        phi_plus, phi_minus = _features(k, a, PHI, C)
+        if C.KEY_WEIGHT:
+            w = _load_weight(wk_ptr, wk_strides, head, heads, inside, C)
+            phi_plus *= w
+            phi_minus *= w
+        if C.DECOUPLED:
+            kd = tl.load(kd_ptr + kd_tile, mask=mask, other=0.0).to(tl.float32)
+            z_plus += _by_sixteenth(kd, C)
+        elif C.NORMALIZE:
+            z_plus += _by_sixteenth(_rounded_if_few(phi_plus, OPERAND, C), C)
+        if C.ROPE:
+            cos, sin = _load_rope(cos_ptr, sin_ptr, rope_strides, head, heads, n, inside, C)
+            phi_plus = _turn(phi_plus, cos, sin, C)
+        plus = tl.dot(tl.trans(v), phi_plus.to(OPERAND), plus, input_precision=PRECISION)
+        if C.SIGNED:
+            z_minus += _by_sixteenth(_rounded_if_few(phi_minus, OPERAND, C), C)
+            minus = tl.dot(tl.trans(v), phi_minus.to(OPERAND), minus, input_precision=PRECISION)
+        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
+        if C.DECOUPLED:
+            kd_ptr = _next(kd_ptr, kd_strides, C)
+        if C.KEY_WEIGHT:
+            wk_ptr = _next(wk_ptr, wk_strides, C)
+
+    one = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if C.MEAN:
+        scale = one
+    plus, minus = _swap_halves(_mask_heads(plus * scale, C), _mask_heads(minus * scale, C), C)
+    return plus, minus, tl.sum(z_plus, 0) * one, tl.sum(z_minus, 0) * one
 
 
 @jit
-def _store_state(state_ptr, z_ptr, at, state, z, d, c, mask, tile, D: tl.constexpr, DV: tl.constexpr):
-    tl.store(_tile(state_ptr + at * D * DV, d, c, DV, 1), state, mask=mask)
-    if tile == 0:
-        tl.store(z_ptr + at * D + d, z, mask=d < D)
+def write_output(
+    q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr, rope_strides,
+    plus, minus, z_plus, z_minus, batch, head, heads, first, begin, end, eps,
+    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """o = φ(q) S / (φ̃(q) · z + ε)."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
+    o_ptr, o_tile = _start(o_ptr, o_strides, batch, head, first + begin), _offsets(hv, c, o_strides, C)
+    if C.DECOUPLED:
+        qd_ptr, qd_tile = _start(qd_ptr, qd_strides, batch, head, first + begin), _offsets(h, d, qd_strides, C)
+    if C.QUERY_WEIGHT:
+        wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
+    a = _load_parameter(a_ptr, head, heads, C)
+    plus = tl.trans(plus.to(OPERAND))
+    if C.SIGNED:
+        minus = tl.trans(minus.to(OPERAND))
+        z_plus, z_minus = z_plus[None, :], z_minus[None, :]
+        identity = _identity(C.BLOCK_D, OPERAND)
+    elif C.NORMALIZE:
+        z = _vector_operand(z_plus, C.D, C.BLOCK_D, OPERAND, C)
+
+    for start in range(begin, end, C.BLOCK_N):
+        n = start + tl.arange(0, C.BLOCK_N)
+        inside = n < end
+        mask = inside[:, None] & exists[None, :]
+        q = tl.load(q_ptr + q_tile, mask=mask, other=PAD)
+        if C.SIGNED:
+            q = _to_product_layout(q, identity, OPERAND)
+        phi_plus, phi_minus = _features(q.to(tl.float32), a, PHI, C)
+        if C.QUERY_WEIGHT:
+            w = _load_weight(wq_ptr, wq_strides, head, heads, inside, C)
+            phi_plus *= w
+            phi_minus *= w
+        turned = phi_plus
+        if C.ROPE:
+            cos, sin = _load_rope(cos_ptr, sin_ptr, rope_strides, head, heads, n, inside, C)
+            turned = _turn(phi_plus, cos, sin, C)
+        o = tl.dot(turned.to(OPERAND), plus, input_precision=PRECISION)
+        if C.SIGNED:
+            o = tl.dot(phi_minus.to(OPERAND), minus, o, input_precision=PRECISION)
+            first_half, second_half = _signed_denominators(phi_plus, phi_minus, z_plus, z_minus, eps, OPERAND, C)
+            o *= _to_value_columns(1.0 / first_half, 1.0 / second_half, C)
+        elif C.NORMALIZE:
+            denominator = phi_plus.to(OPERAND)
+            if C.DECOUPLED:
+                denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(OPERAND)
+            o *= _to_columns(1.0 / (_vector_product(denominator, z, PRECISION, C) + eps), C.DV, C)
+        tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
+        if C.DECOUPLED:
+            qd_ptr = _next(qd_ptr, qd_strides, C)
+        if C.QUERY_WEIGHT:
+            wq_ptr = _next(wq_ptr, wq_strides, C)
+
+
+@jit
+def differentiate_queries(
+    q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides,
+    cos_ptr, sin_ptr, rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides,
+    plus, minus, z_plus, z_minus, mean, batch, head, heads, first, begin, end, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Writes the queries' gradients, and returns dS₊, dS₋, dz₊, dz₋ and the gradient of the map's parameter."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
+    do_ptr, do_tile = _start(do_ptr, do_strides, batch, head, first + begin), _offsets(hv, c, do_strides, C)
+    dq_ptr, dq_tile = _start(dq_ptr, dq_strides, batch, head, first + begin), _offsets(h, d, dq_strides, C)
+    if C.DECOUPLED:
+        qd_ptr, qd_tile = _start(qd_ptr, qd_strides, batch, head, first + begin), _offsets(h, d, qd_strides, C)
+        dqd_ptr, dqd_tile = _start(dqd_ptr, dqd_strides, batch, head, first + begin), _offsets(h, d, dqd_strides, C)
+    if C.QUERY_WEIGHT:
+        wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
+        dwq_ptr = _start(dwq_ptr, dwq_strides, batch, head, first + begin)
+    a = _load_parameter(a_ptr, head, heads, C)
+    identity = _identity(C.BLOCK_D, OPERAND)
+    plus = plus.to(OPERAND)
+    if C.SIGNED:
+        minus = minus.to(OPERAND)
+        identity_v = _identity(C.BLOCK_DV, OPERAND)
+        z_minus = z_minus[None, :]
+    elif C.CENTER:
+        mean_operand = _vector_operand(mean, C.DV, C.BLOCK_DV, OPERAND, C)
+    z_plus = z_plus[None, :]
+    d_plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
+    d_minus = _zeros(C.BLOCK_DV, C.BLOCK_D)
+    dz_plus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    dz_minus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+
+    for start in range(begin, end, C.BLOCK_N):
+        n = start + tl.arange(0, C.BLOCK_N)
+        inside = n < end
+        mask, do_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
+        q = _to_product_layout(tl.load(q_ptr + q_tile, mask=mask, other=PAD), identity, OPERAND)
+        do = tl.load(do_ptr + do_tile, mask=do_mask, other=0.0).to(OPERAND)
+        phi_plus, phi_minus = _features(q, a, PHI, C)
+        unweighted_plus, unweighted_minus = phi_plus, phi_minus
+        if C.QUERY_WEIGHT:
+            w = _load_weight(wq_ptr, wq_strides, head, heads, inside, C)
+            phi_plus *= w
+            phi_minus *= w
+        d_phi_minus = 0.0
+        turned = phi_plus
+        if not C.SIGNED:
+            d_phi = tl.dot(do, plus, input_precision=PRECISION)
+        if C.ROPE:
+            cos, sin = _load_rope(cos_ptr, sin_ptr, rope_strides, head, heads, n, inside, C)
+            turned = _turn(phi_plus, cos, sin, C)
+            d_phi = _turn(d_phi, cos, -sin, C)
+
+        if C.SIGNED:
+            # the two halves of the values' columns have denominators of their own: dn itself is needed
+            one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
+            first_half, second_half = _signed_denominators(phi_plus, phi_minus, z_plus, z_minus, one, OPERAND, C)
+            inverse = _to_value_columns(1.0 / first_half, 1.0 / second_half, C)
+            dn = _to_product_layout(do, identity_v, OPERAND) * inverse
+            dn_operand, plus_operand, minus_operand = dn.to(OPERAND), phi_plus.to(OPERAND), phi_minus.to(OPERAND)
+            d_plus = tl.dot(tl.trans(dn_operand), plus_operand, d_plus, input_precision=PRECISION)
+            d_minus = tl.dot(tl.trans(dn_operand), minus_operand, d_minus, input_precision=PRECISION)
+            o = tl.dot(plus_operand, tl.trans(plus), input_precision=PRECISION)
+            o = tl.dot(minus_operand, tl.trans(minus), o, input_precision=PRECISION)
+            weights = (eps * mean[None, :] - o) * inverse * dn
+            is_first = _first_half(C)[None, :]
+            weight, other = _both_by_head(tl.where(is_first, weights, 0.0), tl.where(is_first, 0.0, weights), C.DV, C)
+            weight, other = _to_columns(weight, C.D, C), _to_columns(other, C.D, C)
+            dz_plus += _by_eighth(weight * phi_plus + other * phi_minus, C)
+            dz_minus += _by_eighth(weight * phi_minus + other * phi_plus, C)
+            d_phi = tl.dot(dn_operand, plus, input_precision=PRECISION)
+            d_phi_minus = tl.dot(dn_operand, minus, input_precision=PRECISION)
+            positive = q > 0.0  # of φ(q) and φ(-q) one is zero, and so is what its gradient adds to q's
+            d_phi = tl.where(positive, d_phi, d_phi_minus)
+            d_phi += weight * tl.where(positive, z_plus, z_minus) + other * tl.where(positive, z_minus, z_plus)
+            d_phi_minus = d_phi
+        elif C.NORMALIZE:
+            denominator = phi_plus
+            if C.DECOUPLED:
+                denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(tl.float32)
+            inverse, weight = _both_by_head(denominator * z_plus, phi_plus * d_phi, C.D, C)
+            inverse = 1.0 / (inverse + tl.where(inside, eps, 1.0)[:, None])
+            if C.CENTER:
+                weight -= eps * _vector_product(do, mean_operand, PRECISION, C)
+            weight = _to_columns(-inverse * inverse * weight, C.D, C)
+            inverse = _to_columns(inverse, C.D, C)
+            d_plus = tl.dot(tl.trans(do), (turned * inverse).to(OPERAND), d_plus, input_precision=PRECISION)
+            d_phi *= inverse
+            if C.DECOUPLED:
+                dz_plus += _by_eighth(weight * denominator, C)
+                tl.store(dqd_ptr + dqd_tile, (weight * z_plus).to(dqd_ptr.dtype.element_ty), mask=mask)
+            else:
+                dz_plus += _by_eighth(weight * phi_plus, C)
+                d_phi += weight * z_plus
+        else:
+            d_plus = tl.dot(tl.trans(do), turned.to(OPERAND), d_plus, input_precision=PRECISION)
+
+        if C.QUERY_WEIGHT:
+            dw = _by_head(d_phi * unweighted_plus + d_phi_minus * unweighted_minus, C.D, C)
+            _store_weight(dwq_ptr, dwq_strides, head, heads, inside, dw, C)
+            d_phi *= w
+            d_phi_minus *= w
+        dq, da_rows = _features_backward(q, a, unweighted_plus, unweighted_minus, d_phi, d_phi_minus, PHI_DX, PHI_DA, C)
+        if C.PARAMETER:
+            da += _by_eighth(tl.where(mask, da_rows, 0.0), C)
+        tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+        q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
+        if C.DECOUPLED:
+            qd_ptr, dqd_ptr = _next(qd_ptr, qd_strides, C), _next(dqd_ptr, dqd_strides, C)
+        if C.QUERY_WEIGHT:
+            wq_ptr, dwq_ptr = _next(wq_ptr, wq_strides, C), _next(dwq_ptr, dwq_strides, C)
+
+    dz_plus, dz_minus, da = _sum_eighths(dz_plus), _sum_eighths(dz_minus), _sum_eighths(da)
+    return _mask_heads(d_plus, C), _mask_heads(d_minus, C), dz_plus, dz_minus, da
+
+
+@jit
+def differentiate_keys(
+    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
+    cos_ptr, sin_ptr, rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
+    d_plus, d_minus, dz_plus, dz_minus, mean, batch, head, heads, first, begin, end, count, scale,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of keys and values, and returns the gradient of the map's parameter."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    k_ptr, k_tile = _start(k_ptr, k_strides, batch, head, first + begin), _offsets(h, d, k_strides, C)
+    v_ptr, v_tile = _start(v_ptr, v_strides, batch, head, first + begin), _offsets(hv, c, v_strides, C)
+    dk_ptr, dk_tile = _start(dk_ptr, dk_strides, batch, head, first + begin), _offsets(h, d, dk_strides, C)
+    dv_ptr, dv_tile = _start(dv_ptr, dv_strides, batch, head, first + begin), _offsets(hv, c, dv_strides, C)
+    if C.DECOUPLED:
+        dkd_ptr, dkd_tile = _start(dkd_ptr, dkd_strides, batch, head, first + begin), _offsets(h, d, dkd_strides, C)
+    if C.KEY_WEIGHT:
+        wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
+        dwk_ptr = _start(dwk_ptr, dwk_strides, batch, head, first + begin)
+    a = _load_parameter(a_ptr, head, heads, C)
+    identity = _identity(C.BLOCK_D, OPERAND)
+    one = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if C.MEAN:
+        scale = one
+    d_plus, d_minus = _swap_halves(d_plus, d_minus, C)
+    d_plus = d_plus.to(OPERAND)
+    # (v - m) dSᵀ = v dSᵀ - m dSᵀ with the same rounded dS: the mean cancels although v enters the product as it is
+    dz_plus = ((dz_plus - tl.sum(mean[:, None] * d_plus.to(tl.float32), 0)) * one)[None, :]
+    if C.SIGNED:
+        d_minus = d_minus.to(OPERAND)
+        dz_minus = ((dz_minus - tl.sum(mean[:, None] * d_minus.to(tl.float32), 0)) * one)[None, :]
+    da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+
+    for start in range(begin, end, C.BLOCK_N):
+        n = start + tl.arange(0, C.BLOCK_N)
+        inside = n < end
+        mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
+        k = _to_product_layout(tl.load(k_ptr + k_tile, mask=mask, other=PAD), identity, OPERAND)
+        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
+        phi_plus, phi_minus = _features(k, a, PHI, C)
+        unweighted_plus, unweighted_minus = phi_plus, phi_minus
+        if C.KEY_WEIGHT:
+            w = _load_weight(wk_ptr, wk_strides, head, heads, inside, C)
+            phi_plus *= w
+            phi_minus *= w
+        turned = phi_plus
+        if C.ROPE:
+            cos, sin = _load_rope(cos_ptr, sin_ptr, rope_strides, head, heads, n, inside, C)
+            turned = _turn(phi_plus, cos, sin, C)
+        dv = tl.dot(turned.to(OPERAND), tl.trans(d_plus), input_precision=PRECISION)
+        if C.SIGNED:
+            dv = tl.dot(phi_minus.to(OPERAND), tl.trans(d_minus), dv, input_precision=PRECISION)
+        tl.store(dv_ptr + dv_tile, (dv * scale).to(dv_ptr.dtype.element_ty), mask=v_mask)
+        d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
+        d_phi_minus = 0.0
+        if C.ROPE:
+            d_phi = _turn(d_phi, cos, -sin, C)
+        if C.SIGNED:
+            d_phi_minus = tl.dot(v, d_minus, input_precision=PRECISION) * scale
+            d_phi = tl.where(k > 0.0, d_phi + dz_plus, d_phi_minus + dz_minus)
+            d_phi_minus = d_phi
+        if C.DECOUPLED:
+            d_denominator = tl.broadcast_to(dz_plus, C.BLOCK_N, C.BLOCK_D)
+            tl.store(dkd_ptr + dkd_tile, d_denominator.to(dkd_ptr.dtype.element_ty), mask=mask)
+        elif C.NORMALIZE and not C.SIGNED:
+            d_phi += dz_plus
+        if C.KEY_WEIGHT:
+            dw = _by_head(d_phi * unweighted_plus + d_phi_minus * unweighted_minus, C.D, C)
+            _store_weight(dwk_ptr, dwk_strides, head, heads, inside, dw, C)
+            d_phi *= w
+            d_phi_minus *= w
+        dk, da_rows = _features_backward(k, a, unweighted_plus, unweighted_minus, d_phi, d_phi_minus, PHI_DX, PHI_DA, C)
+        if C.PARAMETER:
+            da += _by_eighth(tl.where(mask, da_rows, 0.0), C)
+        tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
+        dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
+        if C.DECOUPLED:
+            dkd_ptr = _next(dkd_ptr, dkd_strides, C)
+        if C.KEY_WEIGHT:
+            wk_ptr, dwk_ptr = _next(wk_ptr, wk_strides, C), _next(dwk_ptr, dwk_strides, C)
+
+    return _sum_eighths(da)
+
+
+@jit
+def _store_parameter_gradient(da_ptr, at, head, heads, da, C: tl.constexpr):
+    if C.PARAMETER:
+        h, channel, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+        tl.store(da_ptr + (at + h) * C.D + channel, da, mask=exists)
+
+
+# --- the kernels: a program for each group of heads (axis 0) and split (axis 1) ---------------------------------------
+
+
+@jit
+def _split_at(sequence, heads, C: tl.constexpr):
+    """Where the heads of a sequence begin among those of all splits."""
+    sequences = tl.num_programs(0) // tl.cdiv(heads, C.GROUP)
+    return (tl.program_id(1) * sequences.to(tl.int64) + sequence) * heads
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def state_kernel(
-    x_ptr, x_strides, xd_ptr, xd_strides, y_ptr, y_strides, a_ptr, w_ptr, w_strides, cos_ptr, sin_ptr, rope_strides,
-    rows_ptr, rows_strides, cu_seqlens, state_ptr, z_ptr, length, heads, scale,
-    PHI: tl.constexpr, EXPONENT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, SIGNED: tl.constexpr, PARAMETER: tl.constexpr, WEIGHT: tl.constexpr,
-    ROPE: tl.constexpr, DECOUPLED: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr, MEAN: tl.constexpr,
-    QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr, rope_strides,
+    cu_seqlens, state_ptr, key_length, heads, scale,
+    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One split's sums: state (splits, B, H, STREAMS, SIGNS, D, DV) and z (splits, B, H, STREAMS, SIGNS, D).
-
-    Keys: S = s Σ x̂ᵀ y, s = 1/M if ``MEAN``, and z = Σ x̃ / M. ``QUERIES``: y is do, and rows holds what divides it
-    (1 / denominator) and the gradient of the denominator: S = Σ x̂ᵀ y rows₀, z = Σ x̃ rows₁.
-    """
-    STREAMS: tl.constexpr = 2 if SIGNED else 1
-    program, tile, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    stream = program % STREAMS
-    head = (program // STREAMS) % heads
-    sequence = program // (STREAMS * heads)
-    batch, first, count = _span(cu_seqlens, sequence, length, VARLEN)
-    d = tl.arange(0, BLOCK_D)
-    c = tile * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    x_ptr += batch * x_strides[0] + head * x_strides[1]
-    if DECOUPLED:
-        xd_ptr += batch * xd_strides[0] + head * xd_strides[1]
-    y_ptr += batch * y_strides[0] + head * y_strides[1] + stream * DV * y_strides[3]
-    a = _load_parameter(a_ptr, head, d, PARAMETER, D)
-    sign = 1.0
-    if QUERIES:
-        rows_ptr += batch * rows_strides[0] + head * rows_strides[1] + stream * rows_strides[2]
-        sign = 1.0 - 2.0 * stream
-    state = tl.zeros((BLOCK_D, BLOCK_DV), tl.float32)
-    z = tl.zeros((BLOCK_D,), tl.float32)
-    if SIGNED:
-        state_minus = tl.zeros((BLOCK_D, BLOCK_DV), tl.float32)
-        z_minus = tl.zeros((BLOCK_D,), tl.float32)
-
-    begin, end = _share(split, count, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < count
-        row = first + n
-        mask = inside[:, None] & (d < D)[None, :]
-        x = tl.load(_tile(x_ptr, row, d, x_strides[2], x_strides[3]), mask=mask, other=0.0).to(tl.float32) * sign
-        y_mask = inside[:, None] & (c < DV)[None, :]
-        y = tl.load(_tile(y_ptr, row, c, y_strides[2], y_strides[3]), mask=y_mask, other=0.0)
-        z_weight = tl.where(inside, 1.0, 0.0)
-        if QUERIES and NORMALIZE:
-            y = y.to(tl.float32) * tl.load(rows_ptr + row, mask=inside, other=0.0)[:, None]
-            z_weight = tl.load(rows_ptr + rows_strides[3] + row, mask=inside, other=0.0)
-        y = y.to(OPERAND)
-        w = _load_weight(w_ptr, w_strides, batch, head, row, inside, WEIGHT)
-        cos, sin = _load_rope(cos_ptr, sin_ptr, rope_strides, head, n, inside, ROPE, D, BLOCK_D)
-
-        numerator, features = _features(x, a, w, cos, sin, mask, PHI, EXPONENT, OPERAND, ROPE, BLOCK_N, BLOCK_D)
-        state = tl.dot(tl.trans(numerator), y, state, input_precision=PRECISION)
-        if DECOUPLED:
-            features = tl.load(_tile(xd_ptr, row, d, xd_strides[2], xd_strides[3]), mask=mask, other=0.0).to(tl.float32)
-        z += tl.sum(features * z_weight[:, None], axis=0)
-        if SIGNED:
-            numerator, features = _features(-x, a, w, cos, sin, mask, PHI, EXPONENT, OPERAND, ROPE, BLOCK_N, BLOCK_D)
-            state_minus = tl.dot(tl.trans(numerator), y, state_minus, input_precision=PRECISION)
-            z_minus += tl.sum(features * z_weight[:, None], axis=0)
-
-    z_scale = 1.0
-    if not QUERIES:
-        z_scale = 1.0 / tl.maximum(count, 1).to(tl.float32)
-    if MEAN:
-        scale = z_scale
-    out = (split * tl.num_programs(0) + program).to(tl.int64) * STREAMS  # as many signs as streams
-    mask = (d < D)[:, None] & (c < DV)[None, :]
-    _store_state(state_ptr, z_ptr, out, state * scale, z * z_scale, d, c, mask, tile, D, DV)
-    if SIGNED:
-        _store_state(state_ptr, z_ptr, out + 1, state_minus * scale, z_minus * z_scale, d, c, mask, tile, D, DV)
-
-
-@jit
-def _add_splits(state_ptr, z_ptr, at, stride, splits, d, c, mask, D: tl.constexpr, DV: tl.constexpr):
-    state = tl.load(_tile(state_ptr + at * D * DV, d, c, DV, 1), mask=mask, other=0.0)
-    z = tl.load(z_ptr + at * D + d, mask=d < D, other=0.0)
-    for _ in range(1, splits):
-        at += stride
-        state += tl.load(_tile(state_ptr + at * D * DV, d, c, DV, 1), mask=mask, other=0.0)
-        z += tl.load(z_ptr + at * D + d, mask=d < D, other=0.0)
-    return state, z
+    """The sums over one split of the keys."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+    begin, end = _share(count, C)
+    plus, minus, z_plus, z_minus = sum_keys(
+        k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr,
+        rope_strides, batch, head, heads, first, begin, end, count, scale, PHI, PAD, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    _store_state(state_ptr, _split_at(sequence, heads, C) + head, head, heads, plus, minus, z_plus, z_minus, C)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
-def reduce_kernel(
-    partial_state_ptr, partial_z_ptr, state_ptr, z_ptr, mean_ptr, splits,
-    D: tl.constexpr, DV: tl.constexpr, SIGNED: tl.constexpr, CENTER: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-):  # fmt: skip
-    """Adds up the splits, always in the same order, and takes the mean m = Σ S / Σ z out of the state if ``CENTER``."""
-    SIGNS: tl.constexpr = 2 if SIGNED else 1
-    program, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, BLOCK_D)
-    c = tile * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    mask = (d < D)[:, None] & (c < DV)[None, :]
-    stride = tl.num_programs(0).to(tl.int64) * SIGNS
-    state, z = _add_splits(partial_state_ptr, partial_z_ptr, program * SIGNS, stride, splits, d, c, mask, D, DV)
-    if SIGNED:
-        state_minus, z_minus = _add_splits(
-            partial_state_ptr, partial_z_ptr, program * SIGNS + 1, stride, splits, d, c, mask, D, DV
-        )
-    if CENTER:
-        mean = tl.sum(tl.where(z < 0.0, -1.0, 1.0)[:, None] * state, 0)
-        total = tl.sum(tl.abs(z), 0)
-        if SIGNED:
-            mean += tl.sum(state_minus, 0)
-            total += tl.sum(z_minus, 0)
-        mean = tl.where(total > 0.0, mean / total, 0.0)
-        tl.store(mean_ptr + program * DV + c, mean, mask=c < DV)
-        state -= z[:, None] * mean[None, :]
-        if SIGNED:
-            state_minus -= z_minus[:, None] * mean[None, :]
-    _store_state(state_ptr, z_ptr, program * SIGNS, state, z, d, c, mask, tile, D, DV)
-    if SIGNED:
-        _store_state(state_ptr, z_ptr, program * SIGNS + 1, state_minus, z_minus, d, c, mask, tile, D, DV)
+def reduce_kernel(partial_ptr, sum_ptr, length, splits, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """Adds up ``splits`` arrays of ``length``."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        mask = (split < splits)[:, None] & (i < length)[None, :]
+        partial = tl.load(partial_ptr + split.to(tl.int64)[:, None] * length + i[None, :], mask=mask, other=0.0)
+        total += tl.sum(partial, 0)
+    tl.store(sum_ptr + i, total, mask=i < length)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def output_kernel(
-    x_ptr, x_strides, xd_ptr, xd_strides, o_ptr, o_strides, a_ptr, w_ptr, w_strides, cos_ptr, sin_ptr, rope_strides,
-    cu_seqlens, state_ptr, z_ptr, mean_ptr, length, heads, eps,
-    PHI: tl.constexpr, EXPONENT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, SIGNED: tl.constexpr, PARAMETER: tl.constexpr, WEIGHT: tl.constexpr,
-    ROPE: tl.constexpr, DECOUPLED: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr, rope_strides,
+    cu_seqlens, state_ptr, query_length, heads, eps,
+    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """o = m + (x̂ S - ε m) / (x̃ · z + ε) for one split of the queries; x̂ S without ``NORMALIZE``."""
-    STREAMS: tl.constexpr = 2 if SIGNED else 1
-    SIGNS: tl.constexpr = STREAMS
-    program, split = tl.program_id(0), tl.program_id(2)
-    head = program % heads
-    batch, first, count = _span(cu_seqlens, program // heads, length, VARLEN)
-    d = tl.arange(0, BLOCK_D)
-    x_ptr += batch * x_strides[0] + head * x_strides[1]
-    if DECOUPLED:
-        xd_ptr += batch * xd_strides[0] + head * xd_strides[1]
-    o_ptr += batch * o_strides[0] + head * o_strides[1]
-    a = _load_parameter(a_ptr, head, d, PARAMETER, D)
-
-    begin, end = _share(split, count, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < count
-        row = first + n
-        mask = inside[:, None] & (d < D)[None, :]
-        x = tl.load(_tile(x_ptr, row, d, x_strides[2], x_strides[3]), mask=mask, other=0.0).to(tl.float32)
-        w = _load_weight(w_ptr, w_strides, batch, head, row, inside, WEIGHT)
-        cos, sin = _load_rope(cos_ptr, sin_ptr, rope_strides, head, n, inside, ROPE, D, BLOCK_D)
-        for stream in tl.static_range(STREAMS):
-            xs = x * (1.0 - 2.0 * stream)
-            at = ((program * STREAMS + stream) * SIGNS).to(tl.int64)
-            numerator, features = _features(xs, a, w, cos, sin, mask, PHI, EXPONENT, OPERAND, ROPE, BLOCK_N, BLOCK_D)
-            if DECOUPLED:
-                features = tl.load(_tile(xd_ptr, row, d, xd_strides[2], xd_strides[3]), mask=mask, other=0.0)
-                features = features.to(tl.float32)
-            if SIGNED:
-                minus, features_minus = _features(
-                    -xs, a, w, cos, sin, mask, PHI, EXPONENT, OPERAND, ROPE, BLOCK_N, BLOCK_D
-                )
-            if NORMALIZE:
-                denominator = tl.sum(features * tl.load(z_ptr + at * D + d, mask=d < D, other=0.0)[None, :], 1) + eps
-                if SIGNED:
-                    z = tl.load(z_ptr + (at + 1) * D + d, mask=d < D, other=0.0)
-                    denominator += tl.sum(features_minus * z[None, :], 1)
-            for tile in range(tl.cdiv(DV, BLOCK_DV)):
-                c = tile * BLOCK_DV + tl.arange(0, BLOCK_DV)
-                s_mask = (d < D)[:, None] & (c < DV)[None, :]
-                state = tl.load(_tile(state_ptr + at * D * DV, d, c, DV, 1), mask=s_mask, other=0.0).to(OPERAND)
-                o = tl.dot(numerator, state, input_precision=PRECISION)
-                if SIGNED:
-                    state = tl.load(_tile(state_ptr + (at + 1) * D * DV, d, c, DV, 1), mask=s_mask, other=0.0)
-                    o = tl.dot(minus, state.to(OPERAND), o, input_precision=PRECISION)
-                if NORMALIZE:
-                    mean = tl.load(mean_ptr + (program * STREAMS + stream) * DV + c, mask=c < DV, other=0.0)[None, :]
-                    o = mean + (o - eps * mean) / denominator[:, None]
-                pointers = _tile(o_ptr, row, stream * DV + c, o_strides[2], o_strides[3])
-                tl.store(pointers, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & (c < DV)[None, :])
-
-
-@jit
-def _features_backward(
-    x, a, w, cos, sin, mask, d_numerator, d_denominator,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, EXPONENT: tl.constexpr,
-    PARAMETER: tl.constexpr, ROPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Gradients of w φ(x): by x, by the map's parameter (summed over rows), by w."""
-    if ROPE:
-        d_numerator = _turn(d_numerator, cos, -sin, BLOCK_N, BLOCK_D)
-    gradient = tl.where(mask, d_numerator + d_denominator, 0.0)
-    dw = tl.sum(gradient * PHI(x, a, EXPONENT), axis=1)
-    gradient *= w
-    da = 0.0
-    if PARAMETER:
-        da = tl.sum(gradient * PHI_DA(x, a, EXPONENT), axis=0)
-    return gradient * PHI_DX(x, a, EXPONENT), da, dw
+    """The output for one split of the queries."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    begin, end = _share(count, C)
+    plus, minus, z_plus, z_minus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
+    write_output(
+        q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr,
+        rope_strides, plus, minus, z_plus, z_minus, batch, head, heads, first, begin, end, eps,
+        PHI, PAD, OPERAND, PRECISION, C,
+    )  # fmt: skip
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
-def gradient_kernel(
-    x_ptr, x_strides, xd_ptr, xd_strides, y_ptr, y_strides, a_ptr, w_ptr, w_strides, cos_ptr, sin_ptr, rope_strides,
-    cu_seqlens, state_ptr, z_ptr, mean_ptr, rows_ptr, rows_strides,
-    dx_ptr, dx_strides, dxd_ptr, dxd_strides, dy_ptr, dy_strides, da_ptr, dw_ptr, dw_strides,
-    length, heads, scale, eps,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, EXPONENT: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, SIGNED: tl.constexpr, PARAMETER: tl.constexpr,
-    WEIGHT: tl.constexpr, ROPE: tl.constexpr, DECOUPLED: tl.constexpr, NORMALIZE: tl.constexpr, VARLEN: tl.constexpr,
-    MEAN: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+def forward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, qd_ptr, qd_strides, kd_ptr, kd_strides, o_ptr, o_strides,
+    a_ptr, wq_ptr, wq_strides, wk_ptr, wk_strides, cos_ptr, sin_ptr, rope_strides, cu_seqlens, state_ptr,
+    query_length, key_length, heads, scale, eps,
+    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one split of the queries (y = do, the keys' state) or of the keys (y = v, the queries' state).
+    """The whole forward pass of a sequence; without a state_ptr the backward pass will sum the keys again."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+    plus, minus, z_plus, z_minus = sum_keys(
+        k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr,
+        rope_strides, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    if state_ptr is not None:
+        _store_state(state_ptr, sequence * heads + head, head, heads, plus, minus, z_plus, z_minus, C)
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    write_output(
+        q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr,
+        rope_strides, plus, minus, z_plus, z_minus, batch, head, heads, first, 0, count, eps,
+        PHI, PAD, OPERAND, PRECISION, C,
+    )  # fmt: skip
 
-    With dn = do / denominator and S, m as centered above: the queries' dq̂ = dn Sᵀ + c z with c = -dn · (o - m), which
-    goes into rows₁ with 1 / denominator in rows₀; the keys' dk̂ = (s v - m / M) dSᵀ + dz / M and dv = s k̂ dS.
-    """
-    STREAMS: tl.constexpr = 2 if SIGNED else 1
-    SIGNS: tl.constexpr = STREAMS
-    program, split = tl.program_id(0), tl.program_id(2)
-    head = program % heads
-    batch, first, count = _span(cu_seqlens, program // heads, length, VARLEN)
-    d = tl.arange(0, BLOCK_D)
-    x_ptr += batch * x_strides[0] + head * x_strides[1]
-    if DECOUPLED:
-        xd_ptr += batch * xd_strides[0] + head * xd_strides[1]
-    y_ptr += batch * y_strides[0] + head * y_strides[1]
-    dx_ptr += batch * dx_strides[0] + head * dx_strides[1]
-    if DECOUPLED:
-        dxd_ptr += batch * dxd_strides[0] + head * dxd_strides[1]
-    if QUERIES:
-        rows_ptr += batch * rows_strides[0] + head * rows_strides[1]
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def query_gradient_kernel(
+    q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr, rope_strides,
+    cu_seqlens, state_ptr, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides,
+    d_state_ptr, mean_ptr, da_ptr, query_length, heads, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one split of the queries, its sums for the keys' gradients, and the values' mean."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    begin, end = _share(count, C)
+    at = sequence * heads + head
+    plus, minus, z_plus, z_minus = _load_state(state_ptr, at, head, heads, C)
+    plus, minus, mean = _center(plus, minus, z_plus, z_minus, C)
+    d_plus, d_minus, dz_plus, dz_minus, da = differentiate_queries(
+        q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr,
+        rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus, z_minus,
+        mean, batch, head, heads, first, begin, end, eps, PHI, PHI_DX, PHI_DA, PAD, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    if d_state_ptr is not None:
+        if tl.program_id(1) == 0:
+            hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+            tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
+        _store_state(
+            d_state_ptr,
+            _split_at(sequence, heads, C) + head,
+            head,
+            heads,
+            d_plus,
+            d_minus,
+            dz_plus,
+            dz_minus,
+            C,
+        )
+    _store_parameter_gradient(da_ptr, _split_at(sequence, heads, C) + head, head, heads, da, C)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def key_gradient_kernel(
+    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr, rope_strides,
+    cu_seqlens, d_state_ptr, mean_ptr, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides,
+    dwk_ptr, dwk_strides, da_ptr, key_length, heads, scale,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one split of the keys and values."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+    begin, end = _share(count, C)
+    at = sequence * heads + head
+    d_plus, d_minus, dz_plus, dz_minus = _load_state(d_state_ptr, at, head, heads, C)
+    hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    mean = tl.load(mean_ptr + (at + hv) * C.DV + c, mask=exists, other=0.0)
+    da = differentiate_keys(
+        k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr,
+        rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
+        d_plus, d_minus, dz_plus, dz_minus, mean, batch, head, heads, first, begin, end, count, scale,
+        PHI, PHI_DX, PHI_DA, PAD, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    _store_parameter_gradient(da_ptr, _split_at(sequence, heads, C) + head, head, heads, da, C)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def backward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, qd_ptr, qd_strides, kd_ptr, kd_strides, do_ptr, do_strides,
+    a_ptr, wq_ptr, wq_strides, wk_ptr, wk_strides, cos_ptr, sin_ptr, rope_strides, cu_seqlens, state_ptr,
+    dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides,
+    dv_ptr, dv_strides, dwk_ptr, dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The whole backward pass of a sequence."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+    if state_ptr is None:
+        plus, minus, z_plus, z_minus = sum_keys(
+            k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr,
+            rope_strides, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND, PRECISION, C,
+        )  # fmt: skip
     else:
-        dy_ptr += batch * dy_strides[0] + head * dy_strides[1]
-    a = _load_parameter(a_ptr, head, d, PARAMETER, D)
-    z_scale = 1.0
-    if not QUERIES:
-        z_scale = 1.0 / tl.maximum(count, 1).to(tl.float32)
-    if MEAN:
-        scale = z_scale
-    da = tl.zeros((BLOCK_D,), tl.float32)
-
-    begin, end = _share(split, count, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < count
-        row = first + n
-        mask = inside[:, None] & (d < D)[None, :]
-        x = tl.load(_tile(x_ptr, row, d, x_strides[2], x_strides[3]), mask=mask, other=0.0).to(tl.float32)
-        if DECOUPLED:
-            xd = tl.load(_tile(xd_ptr, row, d, xd_strides[2], xd_strides[3]), mask=mask, other=0.0).to(tl.float32)
-        w = _load_weight(w_ptr, w_strides, batch, head, row, inside, WEIGHT)
-        cos, sin = _load_rope(cos_ptr, sin_ptr, rope_strides, head, n, inside, ROPE, D, BLOCK_D)
-        dx = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        dw = tl.zeros((BLOCK_N,), tl.float32)
-        for stream in tl.static_range(STREAMS):
-            sign = 1.0
-            if QUERIES:
-                sign = 1.0 - 2.0 * stream
-            xs = x * sign
-            at = ((program * STREAMS + stream) * SIGNS).to(tl.int64)
-            z = tl.load(z_ptr + at * D + d, mask=d < D, other=0.0) * z_scale
-            numerator, features = _features(xs, a, w, cos, sin, mask, PHI, EXPONENT, OPERAND, ROPE, BLOCK_N, BLOCK_D)
-            if SIGNED:
-                z_minus = tl.load(z_ptr + (at + 1) * D + d, mask=d < D, other=0.0) * z_scale
-                minus, features_minus = _features(
-                    -xs, a, w, cos, sin, mask, PHI, EXPONENT, OPERAND, ROPE, BLOCK_N, BLOCK_D
-                )
-                d_minus = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            inverse = tl.zeros((BLOCK_N,), tl.float32) + 1.0  # 1 / denominator
-            if QUERIES and NORMALIZE:
-                if DECOUPLED:
-                    denominator = tl.sum(xd * z[None, :], 1) + eps
-                else:
-                    denominator = tl.sum(features * z[None, :], 1) + eps
-                if SIGNED:
-                    denominator += tl.sum(features_minus * z_minus[None, :], 1)
-                inverse = 1.0 / denominator
-            d_plus = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            z_weight = tl.zeros((BLOCK_N,), tl.float32)
-            if NORMALIZE and not QUERIES:
-                z_weight += 1.0
-
-            for tile in range(tl.cdiv(DV, BLOCK_DV)):
-                c = tile * BLOCK_DV + tl.arange(0, BLOCK_DV)
-                y_mask = inside[:, None] & (c < DV)[None, :]
-                y_column = stream * DV + c
-                y = tl.load(_tile(y_ptr, row, y_column, y_strides[2], y_strides[3]), mask=y_mask, other=0.0)
-                mean = tl.zeros((BLOCK_DV,), tl.float32)
-                if NORMALIZE:
-                    mean += tl.load(mean_ptr + (program * STREAMS + stream) * DV + c, mask=c < DV, other=0.0)
-                if QUERIES:
-                    y = (y.to(tl.float32) * inverse[:, None]).to(OPERAND)
-                else:
-                    y = (y.to(tl.float32) * scale - mean[None, :] * z_scale).to(OPERAND)
-                s_mask = (d < D)[:, None] & (c < DV)[None, :]
-                state = tl.load(_tile(state_ptr + at * D * DV, d, c, DV, 1), mask=s_mask, other=0.0).to(OPERAND)
-                product = tl.dot(numerator, state, input_precision=PRECISION)
-                d_plus = tl.dot(y, tl.trans(state), d_plus, input_precision=PRECISION)
-                if SIGNED:
-                    state = tl.load(_tile(state_ptr + (at + 1) * D * DV, d, c, DV, 1), mask=s_mask, other=0.0)
-                    state = state.to(OPERAND)
-                    product = tl.dot(minus, state, product, input_precision=PRECISION)
-                    d_minus = tl.dot(y, tl.trans(state), d_minus, input_precision=PRECISION)
-                if not QUERIES:
-                    pointers = _tile(dy_ptr, row, y_column, dy_strides[2], dy_strides[3])
-                    tl.store(pointers, (product * scale).to(dy_ptr.dtype.element_ty), mask=y_mask)
-                elif NORMALIZE:
-                    centered = (product - eps * mean[None, :]) * inverse[:, None]
-                    z_weight -= tl.sum(y.to(tl.float32) * centered, 1)
-
-            if QUERIES and NORMALIZE:
-                out = rows_ptr + stream * rows_strides[2] + row
-                tl.store(out, inverse, mask=inside)
-                tl.store(out + rows_strides[3], z_weight, mask=inside)
-            d_denominator = z_weight[:, None] * z[None, :]
-            if DECOUPLED:
-                pointers = _tile(dxd_ptr, row, d, dxd_strides[2], dxd_strides[3])
-                tl.store(pointers, d_denominator.to(dxd_ptr.dtype.element_ty), mask=mask)
-                d_denominator = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            dxs, das, dws = _features_backward(
-                xs, a, w, cos, sin, mask, d_plus, d_denominator,
-                PHI, PHI_DX, PHI_DA, EXPONENT, PARAMETER, ROPE, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-            dx += dxs * sign
-            da += das
-            dw += dws
-            if SIGNED:
-                dxs, das, dws = _features_backward(
-                    -xs, a, w, cos, sin, mask, d_minus, z_weight[:, None] * z_minus[None, :],
-                    PHI, PHI_DX, PHI_DA, EXPONENT, PARAMETER, ROPE, BLOCK_N, BLOCK_D,
-                )  # fmt: skip
-                dx -= dxs * sign
-                da += das
-                dw += dws
-        pointers = _tile(dx_ptr, row, d, dx_strides[2], dx_strides[3])
-        tl.store(pointers, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        if WEIGHT:
-            pointers = dw_ptr + batch * dw_strides[0] + head * dw_strides[1] + row.to(tl.int64) * dw_strides[2]
-            tl.store(pointers, dw, mask=inside)
-    if PARAMETER:
-        tl.store(da_ptr + (split * tl.num_programs(0) + program).to(tl.int64) * D + d, da, mask=d < D)
+        plus, minus, z_plus, z_minus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
+    plus, minus, mean = _center(plus, minus, z_plus, z_minus, C)
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    d_plus, d_minus, dz_plus, dz_minus, da = differentiate_queries(
+        q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr,
+        rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus, z_minus,
+        mean, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, PHI_DA, PAD, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+    da += differentiate_keys(
+        k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr,
+        rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
+        d_plus, d_minus, dz_plus, dz_minus, mean, batch, head, heads, first, 0, count, count, scale,
+        PHI, PHI_DX, PHI_DA, PAD, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    _store_parameter_gradient(da_ptr, sequence * heads + head, head, heads, da, C)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
-from flash_bla.ops.triton_kernels import gradient_kernel, output_kernel, reduce_kernel, state_kernel
+from flash_bla.ops.triton_kernels import (
+    Config,
+    backward_kernel,
+    forward_kernel,
+    key_gradient_kernel,
+    output_kernel,
+    query_gradient_kernel,
+    reduce_kernel,
+    state_kernel,
+)
 from flash_bla.ops.triton_support import call, cdiv, multiprocessors, precision
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -37,7 +49,7 @@ class _Problem(NamedTuple):
     eps: float
 
     @property
-    def streams(self) -> int:
+    def signs(self) -> int:
         return 2 if self.feature_map == "signed_power" else 1
 
     @property
@@ -45,19 +57,19 @@ class _Problem(NamedTuple):
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
-    def centered(self) -> bool:
-        """Whether the values' mean is taken out of the state: where numerator and denominator have equal features."""
-        return self.normalize and self.cos is None and self.q_denominator is None
+    def short(self) -> bool:
+        """Whether the backward pass sums the keys again: their state would be as large as they are."""
+        return self.cu_seqlens is None and max(self.q.shape[2], self.k.shape[2]) <= 4 * self.q.shape[3]
 
-    def empty_state(self, splits: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """State, z and the values' mean, the first two for each split."""
+    def empty_state(self, splits: int) -> Tensor:
+        """S, and z as its last row, for each split."""
         _, H, _, D = self.q.shape
-        D_v = self.v.shape[3] // self.streams
-        shape = (self.sequences, H, self.streams)
-        options = dict(dtype=torch.float32, device=self.q.device)
-        state = torch.empty(splits, *shape, self.streams, D, D_v, **options)
-        z = torch.empty(splits, *shape, self.streams, D, **options)
-        return state, z, torch.zeros(*shape, D_v, **options)
+        shape = (splits, self.sequences, H, self.signs, self.v.shape[3] + 1, D)
+        return torch.empty(shape, dtype=torch.float32, device=self.q.device)
+
+    def saved_state(self) -> Tensor:
+        """What the forward pass leaves for the backward pass."""
+        return self.q.new_empty(0, dtype=torch.float32) if self.short else self.empty_state(1)[0]
 
     def empty_output(self) -> Tensor:
         B, H, N, _ = self.q.shape
@@ -74,32 +86,42 @@ class _Problem(NamedTuple):
         # packed tokens that belong to no sequence must not come out as garbage
         return x.new_empty(shape) if self.cu_seqlens is None else x.new_zeros(shape)
 
+    def plan(self, kernel) -> tuple[Config, _Tuning]:
+        _, H, _, D = self.q.shape
+        flags = (
+            self.exponent, self.signs == 2, self.parameter is not None, self.normalize,
+            self.normalize and self.cos is None and self.q_denominator is None, self.cos is not None,
+            self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None,
+            self.cu_seqlens is not None, self.scale is None,
+            self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
+            any(max(x.stride()[1:]) * (64 + D) >= 1 << 31 for x in (self.q, self.k, self.v)),
+        )  # fmt: skip
+        return _plan(kernel, D, self.v.shape[3], H, self.q.element_size(), flags)
 
-def _launch(
-    kernel, problem: _Problem, queries: bool, tensors: dict, *, splits: int, tiles: int, streams: int = 1, **options
-) -> None:
-    """Runs a kernel over queries or keys; ``tensors`` are those that it does not share with the others."""
-    p = problem
-    x, x_denominator = (p.q, p.q_denominator) if queries else (p.k, p.k_denominator)
-    weight = p.query_weight if queries else p.key_weight
-    H, length, D = x.shape[1:]
-    D_v = p.v.shape[3] // p.streams
-    block_n, block_d, block_dv = _blocks(D, D_v, p.streams, x.element_size())
-    grid = (p.sequences * H * streams, tiles, splits)
-    if grid[0] == 0:
-        return
-    arguments = dict(
-        x_ptr=x, x_strides=x.stride(), xd_ptr=x_denominator,
-        xd_strides=(0, 0, 0, 0) if x_denominator is None else x_denominator.stride(),
-        a_ptr=p.parameter, w_ptr=weight, w_strides=(0, 0, 0) if weight is None else weight.stride(),
-        cos_ptr=p.cos, sin_ptr=p.sin, rope_strides=_rope_strides(p.cos), cu_seqlens=p.cu_seqlens,
-        length=length, heads=H,
-        EXPONENT=p.exponent, D=D, DV=D_v, SIGNED=p.streams == 2, PARAMETER=p.parameter is not None,
-        WEIGHT=weight is not None, ROPE=p.cos is not None, DECOUPLED=x_denominator is not None,
-        NORMALIZE=p.normalize, VARLEN=p.cu_seqlens is not None, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        **precision(x.dtype), **tensors, **options,
-    )  # fmt: skip
-    call(kernel, grid, arguments, num_warps=4 if block_d <= 64 else 8)
+    def programs(self, C: Config) -> int:
+        return self.sequences * cdiv(self.q.shape[1], C.GROUP)
+
+    def arguments(self) -> dict:
+        """The arguments of the kernels that stand for inputs."""
+        phi, phi_dx, phi_da, pad = TRITON_FEATURE_MAPS[self.feature_map]
+        tensors = dict(
+            q=self.q, k=self.k, v=self.v, qd=self.q_denominator, kd=self.k_denominator, wq=self.query_weight,
+            wk=self.key_weight,
+        )  # fmt: skip
+        return _with_strides(tensors) | dict(
+            a_ptr=self.parameter, cos_ptr=self.cos, sin_ptr=self.sin, rope_strides=_rope_strides(self.cos),
+            cu_seqlens=self.cu_seqlens, query_length=self.q.shape[2], key_length=self.k.shape[2],
+            heads=self.q.shape[1], scale=self.scale or 0.0, eps=self.eps,
+            PHI=phi, PHI_DX=phi_dx, PHI_DA=phi_da, PAD=pad, **precision(self.q.dtype),
+        )  # fmt: skip
+
+
+def _with_strides(tensors: dict[str, Tensor | None]) -> dict:
+    arguments = {}
+    for name, x in tensors.items():
+        arguments[f"{name}_ptr"] = x
+        arguments[f"{name}_strides"] = (0, 0, 0, 0) if x is None else x.stride()
+    return arguments
 
 
 def _rope_strides(table: Tensor | None) -> tuple[int, int, int]:
@@ -108,111 +130,123 @@ def _rope_strides(table: Tensor | None) -> tuple[int, int, int]:
     return (0 if table.shape[0] == 1 else table.stride(0), table.stride(1), table.stride(2))
 
 
-def _blocks(D: int, D_v: int, streams: int, itemsize: int) -> tuple[int, int, int]:
-    """BLOCK_N, BLOCK_D, BLOCK_DV. All of D is one block; rows and D_v split so that a program's tiles fit registers."""
-    block_d = max(16, 1 << (D - 1).bit_length())
-    block_dv = max(16, min(1 << (D_v - 1).bit_length(), 8192 // (block_d * streams)))
-    block_n = max(16, min(64, 4096 // (block_d * itemsize)))
-    return block_n, block_d, block_dv
+class _Tuning(NamedTuple):
+    """How a kernel runs fastest: found on an H200 for bfloat16 and elu + 1."""
+
+    width: int  # of the tiles, to which narrow heads are joined
+    resident: int  # programs on a multiprocessor at a time, as far as registers allow
+    num_stages: int  # of the loads' pipeline
+    maxnreg: int | None  # registers of a thread
 
 
-def _splits(problem: _Problem, x: Tensor, programs: int) -> int:
-    """Into how many parts to cut the sequences so that all multiprocessors have work."""
-    length = x.shape[2] if problem.cu_seqlens is None else problem.max_seqlen
-    wanted = cdiv(4 * multiprocessors(x.device), max(programs, 1))
-    return max(1, min(wanted, cdiv(length, 64), 65535))
+# For tiles of at most 32 columns, and for wider ones.
+_TUNING = {
+    state_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
+    output_kernel: (_Tuning(64, 5, 3, 96), _Tuning(64, 5, 3, 96)),
+    query_gradient_kernel: (_Tuning(32, 4, 3, 128), _Tuning(32, 2, 3, None)),
+    key_gradient_kernel: (_Tuning(32, 3, 3, 168), _Tuning(32, 2, 3, None)),
+    forward_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
+    backward_kernel: (_Tuning(64, 2, 1, None), _Tuning(64, 2, 1, None)),
+}
 
 
-def _state(problem: _Problem, queries: bool, y: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    p = problem
-    x = p.q if queries else p.k
-    D_v = p.v.shape[3] // p.streams
-    tiles = cdiv(D_v, _blocks(x.shape[3], D_v, p.streams, x.element_size())[2])
-    splits = _splits(p, x, p.sequences * x.shape[1] * p.streams * tiles)
-    state, z, mean = p.empty_state(splits)
-    tensors = dict(
-        y_ptr=y, y_strides=y.stride(), rows_ptr=rows, rows_strides=_rows_strides(rows), state_ptr=state, z_ptr=z
+@lru_cache(maxsize=1024)
+def _plan(kernel, D: int, D_v: int, heads: int, itemsize: int, flags: tuple) -> tuple[Config, _Tuning]:
+    """Sides of the tiles, all of D and D_v and as many rows as a program's registers hold, and the tuning."""
+    group = 1
+    if D == D_v and D in (8, 16, 32):
+        group = min(max(1, _TUNING[kernel][0].width // D), 4, 1 << (heads.bit_length() - 1))
+    block_d, block_dv = (max(16, 1 << (width * group - 1).bit_length()) for width in (D, D_v))
+    tuning = _TUNING[kernel][max(block_d, block_dv) > 32]
+    config = Config(D, D_v, group, 0, block_d, block_dv, *flags)
+    block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * itemsize)))
+    if config.SIGNED or itemsize > 2 or max(block_d, block_dv) > 64:  # they need more registers and shared memory
+        tuning = tuning._replace(num_stages=1, maxnreg=None)
+    return config._replace(BLOCK_N=block_n), tuning
+
+
+def widest_values(q: Tensor, signs: int) -> int:
+    """The widest D_v whose states a program can hold; wider values are cut."""
+    block_d = max(16, 1 << (q.shape[3] - 1).bit_length())
+    return (16384 if q.dtype == torch.bfloat16 else 8192) // (block_d * signs)
+
+
+def _warps(C: Config) -> int:
+    return 4 if C.BLOCK_D * C.BLOCK_DV * (2 if C.SIGNED else 1) <= 8192 else 8
+
+
+def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None:
+    C, tuning = problem.plan(kernel)
+    programs = problem.programs(C)
+    if programs > 0:
+        grid = (programs, splits, 1)
+        call(kernel, grid, arguments | dict(C=C), _warps(C), num_stages=tuning.num_stages, maxnreg=tuning.maxnreg)
+
+
+def _split(kernel, problem: _Problem, length: int) -> int:
+    """Into how many parts to cut sequences so that a kernel's programs fill all multiprocessors once."""
+    C, tuning = problem.plan(kernel)
+    if problem.cu_seqlens is not None:
+        length = problem.max_seqlen
+    places = tuning.resident * multiprocessors(problem.q.device)
+    return max(1, min(places // max(problem.programs(C), 1), cdiv(length, C.BLOCK_N), 65535))
+
+
+def _fits(kernel, problem: _Problem) -> bool:
+    """Whether a program for each sequence is work enough for all multiprocessors."""
+    programs = problem.programs(problem.plan(kernel)[0])
+    return problem.short or programs >= 3 * multiprocessors(problem.q.device)
+
+
+def _reduce(partial: Tensor) -> Tensor:
+    """Adds up the first dimension, always in the same order."""
+    if partial.shape[0] == 1 or partial.numel() == 0:
+        return partial[0]
+    total = torch.empty_like(partial[0])
+    arguments = dict(
+        partial_ptr=partial, sum_ptr=total, length=total.numel(), splits=partial.shape[0], BLOCK=128, SPLITS=16
     )
-    scale = 1.0 if queries or p.scale is None else p.scale
-    _launch(state_kernel, p, queries, tensors, splits=splits, tiles=tiles, streams=p.streams,
-            scale=scale, MEAN=not queries and p.scale is None, QUERIES=queries,
-            PHI=TRITON_FEATURE_MAPS[p.feature_map][0])  # fmt: skip
-    center = p.centered and not queries
-    if splits == 1 and not center:
-        return state[0], z[0], mean
-    whole_state, whole_z, _ = p.empty_state()
-    D = x.shape[3]
-    _, block_d, block_dv = _blocks(D, D_v, p.streams, x.element_size())
-    if mean.numel() > 0:
-        arguments = dict(
-            partial_state_ptr=state, partial_z_ptr=z, state_ptr=whole_state, z_ptr=whole_z, mean_ptr=mean,
-            splits=splits, D=D, DV=D_v, SIGNED=p.streams == 2, CENTER=center, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        )  # fmt: skip
-        call(reduce_kernel, (mean.numel() // D_v, tiles, 1), arguments)
-    return whole_state[0], whole_z[0], mean
-
-
-def _gradient(
-    problem: _Problem, queries: bool, y: Tensor, dy: Tensor | None, state: Tensor, z: Tensor, mean: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Writes dy, and returns the gradients of x, of the denominator's x, of the weight and of the parameter."""
-    p = problem
-    x, x_denominator, weight = (
-        (p.q, p.q_denominator, p.query_weight) if queries else (p.k, p.k_denominator, p.key_weight)
-    )
-    splits = _splits(p, x, p.sequences * x.shape[1])
-    dx, dx_denominator, dw = p.empty_like(x), p.empty_like(x_denominator), p.empty_like(weight)
-    da = None if p.parameter is None else p.q.new_empty((splits, p.sequences, *p.parameter.shape), dtype=torch.float32)
-    phi, phi_dx, phi_da = TRITON_FEATURE_MAPS[p.feature_map]
-    tensors = dict(
-        y_ptr=y, y_strides=y.stride(), state_ptr=state, z_ptr=z, mean_ptr=mean, rows_ptr=rows,
-        rows_strides=_rows_strides(rows), dx_ptr=dx, dx_strides=dx.stride(), dxd_ptr=dx_denominator,
-        dxd_strides=(0, 0, 0, 0) if x_denominator is None else dx_denominator.stride(),
-        dy_ptr=dy, dy_strides=(0, 0, 0, 0) if dy is None else dy.stride(), da_ptr=da, dw_ptr=dw,
-        dw_strides=(0, 0, 0) if weight is None else dw.stride(),
-    )  # fmt: skip
-    scale = 1.0 if queries or p.scale is None else p.scale
-    _launch(gradient_kernel, p, queries, tensors, splits=splits, tiles=1, scale=scale, eps=p.eps,
-            MEAN=not queries and p.scale is None, QUERIES=queries, PHI=phi, PHI_DX=phi_dx, PHI_DA=phi_da)  # fmt: skip
-    return dx, dx_denominator, dw, p.q.new_empty(0) if da is None else da.sum((0, 1))
-
-
-def _rows_strides(rows: Tensor | None) -> tuple[int, int, int, int]:
-    """Strides of rows (2, B, H, STREAMS, N) in the order (batch, head, stream, which)."""
-    return (0, 0, 0, 0) if rows is None else (rows.stride(1), rows.stride(2), rows.stride(3), rows.stride(0))
+    call(reduce_kernel, (cdiv(total.numel(), 128), 1, 1), arguments)
+    return total
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flash_bla::linear_attention_forward", mutates_args=())
-def linear_attention_forward(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None, k_denominator: Tensor | None,
     parameter: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, feature_map: str, exponent: int, normalize: bool,
     scale: float | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The output, and for the backward pass the keys' state, z and the values' mean."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and for the backward pass the keys' state, of no elements if it sums the keys again."""
     p = _Problem(q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
                  max_seqlen, feature_map, exponent, normalize, scale, eps)  # fmt: skip
-    state, z, mean = _state(p, False, v)
     o = p.empty_output()
-    tensors = dict(o_ptr=o, o_strides=o.stride(), state_ptr=state, z_ptr=z, mean_ptr=mean)
-    _launch(output_kernel, p, True, tensors, splits=_splits(p, q, p.sequences * q.shape[1]), tiles=1, eps=eps,
-            PHI=TRITON_FEATURE_MAPS[feature_map][0])  # fmt: skip
-    return o, state, z, mean
+    arguments = p.arguments() | _with_strides(dict(o=o))
+    if _fits(forward_kernel, p):
+        state = p.saved_state()
+        _launch(forward_kernel, p, arguments | dict(state_ptr=None if p.short else state))
+        return o, state
+    splits = _split(state_kernel, p, k.shape[2])
+    state = p.empty_state(splits)
+    _launch(state_kernel, p, arguments | dict(state_ptr=state), splits)
+    state = _reduce(state)
+    _launch(output_kernel, p, arguments | dict(state_ptr=state), _split(output_kernel, p, q.shape[2]))
+    return o, state
+
+
+linear_attention_forward = torch.library.custom_op("flash_bla::linear_attention_forward", _forward, mutates_args=())
 
 
 @linear_attention_forward.register_fake
 def _(*arguments):
     p = _Problem(*arguments)
-    state, z, mean = p.empty_state()
-    return p.empty_output(), state[0], z[0], mean
+    return p.empty_output(), p.saved_state()
 
 
-@torch.library.custom_op("flash_bla::linear_attention_backward", mutates_args=())
-def linear_attention_backward(
-    do: Tensor, state: Tensor, z: Tensor, mean: Tensor, keys: bool,
+def _backward(
+    do: Tensor, state: Tensor, keys: bool,
     q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None, k_denominator: Tensor | None,
     parameter: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, feature_map: str, exponent: int, normalize: bool,
@@ -224,20 +258,42 @@ def linear_attention_backward(
     """
     p = _Problem(q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
                  max_seqlen, feature_map, exponent, normalize, scale, eps)  # fmt: skip
-    B, H, N, _ = q.shape
-    rows = q.new_empty((2, B, H, p.streams, N), dtype=torch.float32)
-    dq, dq_denominator, dq_weight, da = _gradient(p, True, do, None, state, z, mean, rows)
-    if not keys:
-        dk, dv, dk_denominator, dk_weight = (p.empty_like(None) for _ in range(4))
-        return dq, dk, dv, dq_denominator, dk_denominator, da, dq_weight, dk_weight
-    dv = p.empty_like(v)
-    d_state, d_z, _ = _state(p, True, do, rows)
-    dk, dk_denominator, dk_weight, da_keys = _gradient(p, False, v, dv, d_state, d_z, mean, rows)
-    return dq, dk, dv, dq_denominator, dk_denominator, da + da_keys, dq_weight, dk_weight
+    dq, dqd, dwq = p.empty_like(q), p.empty_like(q_denominator), p.empty_like(query_weight)
+    dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, k_denominator, key_weight))
+    arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
+
+    def empty_parameter_gradient(splits: int) -> Tensor:
+        return q.new_empty((splits, p.sequences, *parameter.shape) if parameter is not None else 0, dtype=torch.float32)
+
+    if keys and _fits(backward_kernel, p):
+        da = empty_parameter_gradient(1)
+        _launch(backward_kernel, p, arguments | dict(state_ptr=None if p.short else state, da_ptr=da))
+        da = da.sum((0, 1)) if parameter is not None else da
+        return dq, dk, dv, dqd, dkd, da, dwq, dwk
+    if p.short:
+        state = p.empty_state(1)[0]
+        _launch(state_kernel, p, arguments | dict(state_ptr=state))
+    splits = _split(query_gradient_kernel, p, q.shape[2])
+    d_state = p.empty_state(splits) if keys else None
+    mean = q.new_empty((p.sequences, q.shape[1], v.shape[3]), dtype=torch.float32)
+    da = empty_parameter_gradient(splits)
+    outputs = dict(state_ptr=state, d_state_ptr=d_state, mean_ptr=mean, da_ptr=da)
+    _launch(query_gradient_kernel, p, arguments | outputs, splits)
+    da = da.sum((0, 1)) if parameter is not None else da
+    if keys:
+        splits = _split(key_gradient_kernel, p, k.shape[2])
+        da_keys = empty_parameter_gradient(splits)
+        outputs = dict(d_state_ptr=_reduce(d_state), mean_ptr=mean, da_ptr=da_keys)
+        _launch(key_gradient_kernel, p, arguments | outputs, splits)
+        da = da + da_keys.sum((0, 1)) if parameter is not None else da
+    return dq, dk, dv, dqd, dkd, da, dwq, dwk
+
+
+linear_attention_backward = torch.library.custom_op("flash_bla::linear_attention_backward", _backward, mutates_args=())
 
 
 @linear_attention_backward.register_fake
-def _(do, state, z, mean, keys, *arguments):
+def _(do, state, keys, *arguments):
     p = _Problem(*arguments)
     of_keys = [p.empty_like(x if keys else None) for x in (p.k, p.v, p.k_denominator, p.key_weight)]
     dk, dv, dk_denominator, dk_weight = of_keys
@@ -250,16 +306,39 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output[1:])
 
 
-def _backward(ctx, do, *_):
-    *tensors, state, z, mean = ctx.saved_tensors
+def _differentiate(ctx, do, *_, backward=linear_attention_backward):
+    *tensors, state = ctx.saved_tensors
     needed = ctx.needs_input_grad[:8]
     keys = any(needed[i] for i in (1, 2, 4, 5, 7))
-    gradients = linear_attention_backward(do, state, z, mean, keys, *tensors, *ctx.options)
+    gradients = backward(do, state, keys, *tensors, *ctx.options)
     gradients = (g if need else None for g, need in zip(gradients, needed, strict=True))
     return *gradients, *[None] * (3 + len(ctx.options))
 
 
-linear_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+linear_attention_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operators' work without their dispatcher, which takes longer than short sequences' kernels."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, *_):
+        return _differentiate(ctx, do, backward=_backward)
+
+
+def _is_eager(q: Tensor) -> bool:
+    """Whether nothing looks on that must see operators: tracing, a dispatch mode, a transform, a subclass of Tensor."""
+    return not (
+        torch.compiler.is_compiling() or type(q) not in (Tensor, Parameter) or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )  # fmt: skip
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_forward)
@@ -272,7 +351,7 @@ def _forward_flops(q_shape, k_shape, v_shape, *options, **_) -> int:
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_backward)
-def _backward_flops(do_shape, state_shape, z_shape, mean_shape, keys, *arguments, **_) -> int:
+def _backward_flops(do_shape, state_shape, keys, *arguments, **_) -> int:
     return 2 * _forward_flops(*arguments)
 
 
@@ -297,7 +376,19 @@ def linear_attention(
     cos, sin = (None, None) if rope is None else (table.float() for table in rope)
     parameter = None if feature_map.parameter is None else feature_map.parameter.float().contiguous()
     query_weight, key_weight = (None if w is None else w.float() for w in (query_weight, key_weight))
-    return linear_attention_forward(
-        q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
-        max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, eps,
-    )[0]  # fmt: skip
+    run = _Eager.apply if _is_eager(q) else linear_attention_forward
+
+    def attend(v: Tensor) -> Tensor:
+        return run(
+            q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
+            max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, eps,
+        )[0]  # fmt: skip
+
+    signs = 2 if feature_map.signed else 1
+    widest = widest_values(q, signs)
+    if v.shape[3] <= widest:
+        return attend(v)
+    # The output is linear in the values: columns can be computed apart, of signed_power the two halves' together.
+    parts = v.unflatten(3, (signs, -1)).split(widest // signs, dim=4)
+    parts = [attend(part.flatten(3)).transpose(1, 2).unflatten(3, (signs, -1)) for part in parts]
+    return torch.cat(parts, dim=4).flatten(3).transpose(1, 2)

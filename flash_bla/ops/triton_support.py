@@ -30,7 +30,19 @@ except ImportError:
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 # Lengths and counts are never specialised: a new sequence length compiles nothing.
-NOT_SPECIALIZED = ["length", "heads", "splits", "blocks", "kept"]
+NOT_SPECIALIZED = ["length", "query_length", "key_length", "heads", "splits", "blocks", "kept"]
+
+
+@jit
+def log2(x):
+    return tl.log2(x)
+
+
+if HAS_TRITON and not INTERPRETING and torch.version.hip is None:
+    # NVIDIA's own instruction; Triton's logarithm takes 31 to be right for denormal numbers, too
+    fast_log2 = tl.extra.cuda.libdevice.fast_log2f
+else:
+    fast_log2 = log2
 
 
 @jit
@@ -40,10 +52,26 @@ def tile_pointers(base, rows, columns, stride_row, stride_column):
     return base + rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
 
 
+def launch_options(
+    num_warps: int, num_stages: int = 1, maxnreg: int | None = None, hip: bool = torch.version.hip is not None
+) -> dict:
+    """Options of a launch; pipelines need more shared memory than AMD has, and the limit of registers is NVIDIA's."""
+    if hip:
+        return dict(num_warps=num_warps, num_stages=1)
+    return dict(num_warps=num_warps, num_stages=num_stages) | ({} if maxnreg is None else dict(maxnreg=maxnreg))
+
+
 _COMPILED: dict[tuple, object] = {}
 
 
-def call(kernel, grid: tuple[int, int, int], arguments: dict, num_warps: int = 4) -> None:
+def call(
+    kernel,
+    grid: tuple[int, int, int],
+    arguments: dict,
+    num_warps: int = 4,
+    num_stages: int = 1,
+    maxnreg: int | None = None,
+) -> None:
     """``kernel[grid](**arguments)``, without Triton's search for the compiled kernel where the same call came before.
 
     What Triton specialises on stands in the key: types, strides, whether pointers are multiples of 16, constants.
@@ -66,7 +94,8 @@ def call(kernel, grid: tuple[int, int, int], arguments: dict, num_warps: int = 4
             return
         if len(_COMPILED) > 4096:  # strides change with the length: images of ever new sizes must not fill the memory
             _COMPILED.clear()
-        _COMPILED[key] = kernel[grid](*values, num_warps=num_warps, num_stages=1)
+        options = launch_options(num_warps, num_stages, maxnreg)
+        _COMPILED[key] = kernel[grid](*values, **options)
 
 
 def precision(dtype: torch.dtype, hip: bool = torch.version.hip is not None) -> dict:

@@ -113,7 +113,10 @@ def test_frozen_inputs_do_not_change_the_other_gradients(missing):
     frozen = ("k", "v", "parameter") if missing == "keys" else (missing,)
     every, some = gradients(()), gradients(frozen)
     for name in leaves:
-        assert (some[name] is None) if name in frozen else torch.equal(some[name], every[name])
+        if name in frozen:
+            assert some[name] is None
+        else:
+            torch.testing.assert_close(some[name], every[name], rtol=1e-5, atol=1e-5)
 
 
 def test_two_runs_agree_bit_for_bit():
