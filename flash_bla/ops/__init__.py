@@ -1,5 +1,6 @@
-"""Operators on tensors, as PyTorch reference and as Triton kernels: linear and piecewise sparse attention."""
+"""Operators on tensors, as PyTorch reference and as Triton kernels: linear and sparse attention, convolution."""
 
+from flash_bla.ops.depthwise_conv import depthwise_conv
 from flash_bla.ops.feature_maps import FeatureMap, focusing_power, signed_power
 from flash_bla.ops.linear_attention import decoupled_la, linear_attention, simple_la, varlen_linear_attention
 from flash_bla.ops.piecewise_sparse import piecewise_sparse_attention
@@ -7,6 +8,7 @@ from flash_bla.ops.piecewise_sparse import piecewise_sparse_attention
 __all__ = [
     "FeatureMap",
     "decoupled_la",
+    "depthwise_conv",
     "focusing_power",
     "linear_attention",
     "piecewise_sparse_attention",

@@ -1,0 +1,138 @@
+"""Depthwise convolution on tokens: the public function, and the plain PyTorch that specifies it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_bla.ops.arguments import (
+    DTYPES,
+    autocast,
+    check_device,
+    check_tensors,
+    choose_backend,
+    expect,
+    without_autocast,
+)
+from flash_bla.ops.triton_depthwise_conv import depthwise_conv_forward
+
+ACTIVATIONS = {None: lambda z: z, "silu": F.silu, "gelu": F.gelu}
+KERNEL_SIZES = (3, 5, 7)
+
+
+def depthwise_conv(
+    x: Tensor,
+    grid: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    residual: bool = False,
+    activation: str | None = None,
+    add: Tensor | None = None,
+    gate: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Depthwise convolution of tokens that stand on a grid, and what often follows it.
+
+    .. math:: y = \left(a + f\left(w ⋆ x + b \;[+ x]\right)\right) \odot g
+
+    with f the ``activation``, a = ``add`` and g = ``gate`` where they are given, and x added with ``residual``. The
+    grid's border is padded with zeros. Tokens before the last H·W ones are prefix tokens: they have no place on the
+    grid, and w ⋆ x + b is zero there. Sums are computed in float32 (float64 for float64 inputs); under autocast x, add
+    and gate are cast to its type. Gradients are the same bit for bit in every run.
+
+    Args:
+        x: Tokens ``(B, N, C)``, row by row; any strides here and below.
+        grid: (H, W).
+        weight: w, ``(channels, 1, k, k)`` with k 3, 5 or 7; C must be a multiple of ``channels``: each head of that
+            many channels has the same filters.
+        bias: b, ``(channels,)``.
+        stride: 1, or 2 for an output of ⌈H/2⌉ · ⌈W/2⌉ tokens, without prefix tokens.
+        residual: Add x to the convolution; not with ``stride`` 2.
+        activation: f: None (identity), ``"silu"`` or ``"gelu"`` (the exact one).
+        add: a, shaped as the output and of the dtype of x.
+        gate: g, shaped as the output and of the dtype of x.
+        backend: ``"triton"`` or ``"reference"``; by default the environment variable ``FLASH_BLA_BACKEND``, else Triton
+            for CUDA tensors where it is installed, and the PyTorch reference elsewhere.
+
+    Returns:
+        ``(B, N, C)`` in the dtype of x, or ``(B, ⌈H/2⌉ · ⌈W/2⌉, C)``.
+
+    Raises:
+        ValueError: A shape, device or name that does not fit.
+        TypeError: Not tensors, or dtypes that differ or are not supported.
+    """
+    names = [name for name, tensor in (("add", add), ("gate", gate)) if tensor is not None]
+    x, *others = autocast(x, *(tensor for tensor in (add, gate) if tensor is not None))
+    others = dict(zip(names, others, strict=True))
+    check_tensors({"x": x} | others, "(B, N, C)", ndim=3)
+    B, N, C = x.shape
+    H, W = _check_grid(grid, N)
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+    if stride == 2 and N != H * W:
+        raise ValueError(f"stride 2 takes no prefix tokens: grid {(H, W)} has {H * W} places, x {N} tokens")
+    if stride == 2 and residual:
+        raise ValueError("residual needs stride 1: the output of stride 2 has fewer tokens than x")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    _check_filters(weight, bias, x)
+    out_shape = (B, N if stride == 1 else -(-H // 2) * -(-W // 2), C)
+    for name, tensor in others.items():
+        expect(name, tensor, out_shape, "that of the output")
+    function = depthwise_conv_forward if choose_backend(backend, x) == "triton" else depthwise_conv_reference
+    return function(x, weight, bias, others.get("add"), others.get("gate"), H, W, stride, residual, activation)
+
+
+def depthwise_conv_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
+    height: int, width: int, stride: int, residual: bool, activation: str | None,
+) -> Tensor:  # fmt: skip
+    """The specification: ``depthwise_conv`` on checked arguments, on any device and differentiable."""
+    out_dtype = x.dtype
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    with without_autocast(x):
+        x, weight = x.to(dtype), weight.to(dtype)
+        channels = x.shape[2]
+        heads = channels // weight.shape[0]
+        weight = weight.repeat(heads, 1, 1, 1)
+        bias = None if bias is None else bias.to(dtype).repeat(heads)
+        prefix = x.shape[1] - height * width
+        image = x[:, prefix:].unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        image = F.conv2d(image, weight, bias, stride, padding=weight.shape[2] // 2, groups=channels)
+        z = F.pad(image.flatten(2).transpose(1, 2), (0, 0, prefix, 0))
+        y = ACTIVATIONS[activation](z + x if residual else z)
+        if add is not None:
+            y = add.to(dtype) + y
+        if gate is not None:
+            y = y * gate.to(dtype)
+        return y.to(out_dtype)
+
+
+def _check_grid(grid: tuple[int, int], N: int) -> tuple[int, int]:
+    try:
+        H, W = grid
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"grid must be (H, W), got {grid!r}") from error
+    if H < 1 or W < 1 or H * W > N:
+        raise ValueError(f"grid must be positive and have a token for each place: got {(H, W)} and {N} tokens")
+    return H, W
+
+
+def _check_filters(weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None or name == "weight":
+            check_device(name, parameter, x)
+            if parameter.dtype not in DTYPES:
+                raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}")
+    if weight.ndim != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight must have shape (channels, 1, k, k), got {tuple(weight.shape)}")
+    channels, _, k, _ = weight.shape
+    if k not in KERNEL_SIZES:
+        raise ValueError(f"weight must have filters of side {KERNEL_SIZES}, got {k}")
+    if channels == 0 or x.shape[2] == 0 or x.shape[2] % channels:
+        raise ValueError(f"weight's channels must divide those of x, {x.shape[2]}, got {channels}")
+    if bias is not None:
+        expect("bias", bias, (channels,), "(channels,) of weight")
