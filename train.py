@@ -285,7 +285,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
                 row |= {"val_loss": figures["loss"], "top1": figures["top1"], "top5": figures["top5"]}
             unreadable.update(*processes.gather(unreadable))
             row |= {"images_per_second": speed, "skipped_updates": skipped, "unreadable_images": len(unreadable)}
-            log.epoch(row | {"seconds": time.monotonic() - started})
+            log.epoch(row | {"seconds": time.monotonic() - started, "memory_gib": memory_used(device)})
             epoch, update = epoch + 1, 0
             schedule.step(epoch)
             meter.start_epoch()

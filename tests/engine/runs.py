@@ -52,7 +52,7 @@ def assert_same_run(first: dict, second: dict) -> None:
     assert a.keys() == b.keys()
     differing = [key for key in a if not torch.equal(a[key], b[key])]
     assert not differing
-    timing = ("seconds", "images_per_second")
-    rows = [[{k: v for k, v in row.items() if k not in timing} for row in run["history"]] for run in (first, second)]
+    costs = ("seconds", "images_per_second", "memory_gib")
+    rows = [[{k: v for k, v in row.items() if k not in costs} for row in run["history"]] for run in (first, second)]
     assert rows[0] == rows[1]
     assert (first["epoch"], first["update"], first["meter"]) == (second["epoch"], second["update"], second["meter"])

@@ -28,6 +28,7 @@ def test_a_run_and_what_it_writes(train, load, tmp_path, capsys):
     rows = list(csv.DictReader((folder / "log.csv").open()))
     assert [(row["epoch"], row["updates"]) for row in rows] == [("1", "5"), ("2", "10")]
     assert all(float(row[key]) > 0 for row in rows for key in ("train_loss", "val_loss", "top1", "top5", "lr"))
+    assert all(0.05 < float(row["memory_gib"]) < 50 for row in rows)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["best"]["top1"] == max(float(row["top1"]) for row in rows)
     assert (summary["settings"]["train_images"], summary["settings"]["val_images"]) == (1437, 360)
