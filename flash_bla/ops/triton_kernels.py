@@ -29,9 +29,9 @@ Precision: features, sums and denominators are float32. Operands of matrix produ
 and float32 otherwise, never tf32: sums over thousands of tokens and powers of features overflow float16.
 
 Speed: these loops are bound by memory only while they issue few instructions. So v and do go to the matrix units as
-they are; what divides or shifts them is applied to features and products. Denominators are matrix products, too. The
-states are kept transposed, (DV, D), for which no operand that was computed has to be transposed. Every row of a tile is
-computed in one register layout, that of the products' results.
+they are; what divides or shifts them is applied to features and products. The states are kept transposed, (DV, D), for
+which no operand that was computed has to be transposed. A tile is computed in one register layout, that of products'
+results: where layouts differ, the compiler computes features once for each.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Config(NamedTuple):
     KEY_WEIGHT: bool
     VARLEN: bool
     MEAN: bool  # s = 1 / M
-    FEW: bool  # keys
+    FEW: bool  # keys: z sums rounded features
     WIDE: bool  # tiles that span 2³¹ elements and more
 
 
@@ -212,19 +212,15 @@ def _load_weight(w_ptr, strides, head, heads, inside, C: tl.constexpr):
     """Weights (rows, GROUP) to the columns of a tile."""
     h = tl.arange(0, C.GROUP)
     mask = inside[:, None] & (head + h < heads)[None, :]
-    return _to_columns(
-        tl.load(w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C), mask=mask, other=0.0), C.D, C
-    )
+    w = tl.load(w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C), mask=mask, other=0.0)
+    return _to_columns(w, C.D, C)
 
 
 @jit
 def _store_weight(w_ptr, strides, head, heads, inside, dw, C: tl.constexpr):
     h = tl.arange(0, C.GROUP)
-    tl.store(
-        w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C),
-        dw,
-        mask=inside[:, None] & (head + h < heads)[None, :],
-    )
+    mask = inside[:, None] & (head + h < heads)[None, :]
+    tl.store(w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C), dw, mask=mask)
 
 
 # --- features ---------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ class _Problem(NamedTuple):
             self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None,
             self.cu_seqlens is not None, self.scale is None,
             self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
-            any(max(x.stride()[1:]) * (64 + D) >= 1 << 31 for x in (self.q, self.k, self.v)),
+            any(_is_wide(x) for x in (self.q, self.k, self.v)),
         )  # fmt: skip
         return _plan(kernel, D, self.v.shape[3], H, self.q.element_size(), flags)
 
@@ -114,6 +114,12 @@ class _Problem(NamedTuple):
             heads=self.q.shape[1], scale=self.scale or 0.0, eps=self.eps,
             PHI=phi, PHI_DX=phi_dx, PHI_DA=phi_da, PAD=pad, **precision(self.q.dtype),
         )  # fmt: skip
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether offsets in a tile, of up to 64 rows and 4 heads, do not fit into 32 bits."""
+    _, head, row, column = x.stride()
+    return 4 * head + 64 * row + x.shape[3] * column >= 1 << 31
 
 
 def _with_strides(tensors: dict[str, Tensor | None]) -> dict:
@@ -258,6 +264,7 @@ def _backward(
     """
     p = _Problem(q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
                  max_seqlen, feature_map, exponent, normalize, scale, eps)  # fmt: skip
+    do = do.contiguous() if _is_wide(do) else do  # its strides are no part of the plan
     dq, dqd, dwq = p.empty_like(q), p.empty_like(q_denominator), p.empty_like(query_weight)
     dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, k_denominator, key_weight))
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))

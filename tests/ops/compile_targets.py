@@ -13,6 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from flash_bla.ops import feature_maps
+from flash_bla.ops import triton_depthwise_conv as conv
 from flash_bla.ops import triton_linear_attention as module
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_support as support
@@ -39,8 +41,8 @@ VARIANTS = {
 }
 
 
-def problem(variant, dtype, D):
-    B, H, N = 2, 3, 100
+def problem(variant, dtype, D, N):
+    B, H = 2, 3
     variant = dict(variant)
     x = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     decoupled = x(B, H, N, D, dtype=dtype) if variant.pop("decoupled", False) else None
@@ -59,7 +61,9 @@ def launches(module, run):
     """The arguments with which a function calls the kernels of a module."""
     calls = []
     call = module.call
-    module.call = lambda kernel, grid, arguments, num_warps=4: calls.append((kernel, arguments, num_warps))
+    module.call = lambda kernel, grid, arguments, num_warps=4, **options: calls.append(
+        (kernel, arguments, dict(num_warps=num_warps) | options)
+    )
     try:
         run()
     finally:
@@ -67,11 +71,12 @@ def launches(module, run):
     return calls
 
 
-def linear(variant, dtype, D):
+def linear(variant, dtype, D, N):
     """Forward and backward pass of linear attention."""
-    arguments = tuple(problem(variant, dtype, D))
-    o, *saved = module.linear_attention_forward._init_fn(*arguments)
-    module.linear_attention_backward._init_fn(o, *saved, True, *arguments)
+    p = problem(variant, dtype, D, N)
+    p = p._replace(v=p.v[..., : module.widest_values(p.q, p.signs)])
+    o, *saved = module._forward(*p)
+    module._backward(o, *saved, True, *p)
 
 
 def piecewise_sparse(dtype, D, block_size):
@@ -81,13 +86,21 @@ def piecewise_sparse(dtype, D, block_size):
     sparse.attend._init_fn(q, k, v, k_mean, v_mean, slope, chosen, block_size, D**-0.5)
 
 
+def depthwise_conv(dtype, D):
+    """Forward and backward pass, with an activation, which brings every kernel."""
+    x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 56, D), (D, 1, 3, 3)))
+    arguments = (x, weight, None, None, None, 7, 8, 1, False, "gelu")
+    y = conv.depthwise_conv_forward._init_fn(*arguments)
+    conv.depthwise_conv_backward._init_fn(y, [True, True, False, False, False], *arguments)
+
+
 def kind(value):
     if isinstance(value, tuple):
         return tuple(kind(x) for x in value)
     return TYPES[value.dtype] if isinstance(value, torch.Tensor) else TYPES[type(value)]
 
 
-def compile_launch(kernel, arguments, num_warps, target, precision):
+def compile_launch(kernel, arguments, options, target, precision):
     if "PRECISION" in arguments and target.backend == "hip":
         arguments |= {"PRECISION": precision["PRECISION"]}
     signature, constants, aligned = {}, {}, {}
@@ -100,30 +113,39 @@ def compile_launch(kernel, arguments, num_warps, target, precision):
         if isinstance(value, torch.Tensor):
             aligned[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, tuple):  # as the launcher does: strides of 1 are constants, multiples of 16 are known
+            signature[parameter.name] = tuple("constexpr" if stride == 1 else kind(stride) for stride in value)
             for j, stride in enumerate(value):
-                if stride % 16 == 0:
+                if stride == 1:
+                    constants[(i, j)] = 1
+                elif stride % 16 == 0:
                     aligned[(i, j)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options=dict(num_warps=num_warps, num_stages=1))
+    options = support.launch_options(**options, hip=target.backend == "hip")
+    return triton.compile(source, target=target, options=options)
 
 
 def main(targets):
-    # every variant at one width, then the other operand types and the widest heads where a kernel holds the most
-    cases = [(label, torch.bfloat16, 32) for label in VARIANTS]
-    cases += [(label, dtype, D) for label in ("plain", "signed")
+    # every variant with split sequences, short ones, then other operand types and the widest heads
+    cases = [(label, torch.bfloat16, 32, 5000) for label in VARIANTS]
+    cases += [("plain", torch.bfloat16, 64, 100), ("signed", torch.bfloat16, 64, 100)]
+    cases += [(label, dtype, D, 5000) for label in ("plain", "signed")
               for dtype, D in ((torch.float16, 64), (torch.float32, 256))]  # fmt: skip
     runs = []
-    for label, dtype, D in cases:
-        runs.append((f"{label}, D={D}, {dtype}", dtype, module, partial(linear, VARIANTS[label], dtype, D)))
+    for label, dtype, D, N in cases:
+        what = f"{label}, D={D}, N={N}, {dtype}"
+        runs.append((what, dtype, module, partial(linear, VARIANTS[label], dtype, D, N)))
     for dtype, D, block in ((torch.bfloat16, 128, 64), (torch.float16, 64, 128), (torch.float32, 128, 64)):
         runs.append((f"blocks of {block}, D={D}, {dtype}", dtype, sparse, partial(piecewise_sparse, dtype, D, block)))
+    runs.append((f"gelu, C=64, {torch.bfloat16}", torch.bfloat16, conv, partial(depthwise_conv, torch.bfloat16, 64)))
     for name in targets:
         target, limit = TARGETS[name]
+        # as an import on such a machine does
+        feature_maps.fast_log2 = support.log2 if target.backend == "hip" else support.fast_log2
         most, count = (0, ""), 0
         for label, dtype, where, run in runs:
-            for kernel, arguments, num_warps in launches(where, run):
+            for kernel, arguments, options in launches(where, run):
                 precision = support.precision(dtype, hip=target.backend == "hip")
-                shared = compile_launch(kernel, arguments, num_warps, target, precision).metadata.shared / 1024
+                shared = compile_launch(kernel, arguments, options, target, precision).metadata.shared / 1024
                 what = f"{kernel.__name__}, {label}"
                 assert shared <= limit, f"{name}: {what} needs {shared:.0f} KiB of shared memory of {limit}"
                 most, count = max(most, (shared, what)), count + 1
