@@ -10,9 +10,7 @@ from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
 from flash_bla.ops import FeatureMap, linear_attention
-from flash_bla.ops.arguments import choose_backend
 from flash_bla.ops.reference import rotate
-from flash_bla.ops.triton_token_weights import key_weights_forward
 
 
 @register_attention("rala")
@@ -104,8 +102,6 @@ def key_weights(q: Tensor, k: Tensor) -> Tensor:
     Returns:
         ``(B, H, N)``, of mean 1.
     """
-    if choose_backend(None, q) == "triton":
-        return key_weights_forward(q, k)[0]
     phi = FeatureMap("elu1")
     q, k = phi(at_least_float32(q)), phi(at_least_float32(k))
     # A product and a sum: autocast would compute a matrix product in half precision.

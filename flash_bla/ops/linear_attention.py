@@ -7,9 +7,8 @@ from torch import Tensor
 
 from flash_bla.ops import triton_linear_attention
 from flash_bla.ops.arguments import autocast, check_device, check_tensors, choose_backend, expect
-from flash_bla.ops.feature_maps import FeatureMap, resolve_feature_map
+from flash_bla.ops.feature_maps import FeatureMap, focusing_norm_ratio, resolve_feature_map
 from flash_bla.ops.reference import linear_attention_reference
-from flash_bla.ops.triton_token_weights import norm_ratios
 
 
 def linear_attention(
@@ -187,7 +186,10 @@ def _run(q, k, v, feature_map, backend, *, max_seqlen=None, **arguments) -> Tens
         return linear_attention_reference(q, k, v, feature_map, **arguments)
     query_weight, key_weight = None, arguments.pop("key_weight", None)
     if feature_map.name == "focusing_power":  # the kernels compute uᵖ; the norm ratio joins as a weight per token
-        query_weight, k_ratio = norm_ratios(q, k, feature_map.parameter.float().contiguous(), feature_map.exponent)
+        parameter = feature_map.parameter.float()[:, None]
+        query_weight, k_ratio = (
+            focusing_norm_ratio(x.float(), parameter, feature_map.exponent).expand(x.shape[:3]) for x in (q, k)
+        )
         key_weight = k_ratio if key_weight is None else key_weight * k_ratio
     return triton_linear_attention.linear_attention(
         q, k, v, feature_map, query_weight=query_weight, key_weight=key_weight, max_seqlen=max_seqlen, **arguments

@@ -18,7 +18,6 @@ from flash_bla.ops import triton_depthwise_conv as conv
 from flash_bla.ops import triton_linear_attention as module
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_support as support
-from flash_bla.ops import triton_token_weights as weights
 
 # target and its shared memory per block, in KiB
 TARGETS = {
@@ -95,17 +94,6 @@ def depthwise_conv(dtype, D):
     conv.depthwise_conv_backward._init_fn(y, [True, True, False, False, False], *arguments)
 
 
-def token_weights(dtype, H, D):
-    """Forward and backward pass of the norm ratios, and of the key weights as one launch and as several."""
-    scale = torch.empty((H, D), device="meta")
-    for N in (100, 1000):
-        q, k, _ = torch.empty((2, N, 3, H, D), dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
-        w, mean = weights.key_weights_forward._init_fn(q, k)
-        weights.key_weights_backward._init_fn(w, w, mean, q, k)
-    weights.norm_ratios._init_fn(q, k, scale, 3)
-    weights.norm_ratios_backward._init_fn(w, w, q, k, scale, 3)
-
-
 def kind(value):
     if isinstance(value, tuple):
         return tuple(kind(x) for x in value)
@@ -149,9 +137,6 @@ def main(targets):
     for dtype, D, block in ((torch.bfloat16, 128, 64), (torch.float16, 64, 128), (torch.float32, 128, 64)):
         runs.append((f"blocks of {block}, D={D}, {dtype}", dtype, sparse, partial(piecewise_sparse, dtype, D, block)))
     runs.append((f"gelu, C=64, {torch.bfloat16}", torch.bfloat16, conv, partial(depthwise_conv, torch.bfloat16, 64)))
-    runs.append(
-        (f"H=3, D=32, {torch.bfloat16}", torch.bfloat16, weights, partial(token_weights, torch.bfloat16, 3, 32))
-    )
     for name in targets:
         target, limit = TARGETS[name]
         # as an import on such a machine does
