@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
@@ -343,7 +342,7 @@ class _Eager(torch.autograd.Function):
 def _is_eager(q: Tensor) -> bool:
     """Whether nothing looks on that must see operators: tracing, a dispatch mode, a transform, a subclass of Tensor."""
     return not (
-        torch.compiler.is_compiling() or type(q) not in (Tensor, Parameter) or torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling() or type(q) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )  # fmt: skip
 
