@@ -25,6 +25,9 @@ and their states are the diagonal blocks of one matrix whose other blocks are ze
 [φ(q), φ(-q)], the second half [φ(-q), φ(q)]. So o = φ(q) S₊ + φ(-q) S₋, where S₊ holds the sums over φ(k) in the first
 half of its columns and those over φ(-k) in the second, and S₋ the others.
 
+Rows outside a sequence are zeros, whose features need not be zero: their values and output gradients are, and what
+belongs to them is not written. Only z sums keys alone, so there padding stands where φ is zero.
+
 Precision: features, sums and denominators are float32. Operands of matrix products are bfloat16 for bfloat16 inputs,
 and float32 otherwise, never tf32: sums over thousands of tokens and powers of features overflow float16.
 
@@ -487,7 +490,7 @@ def sum_keys(
 def write_output(
     q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr, rope_strides,
     plus, minus, z_plus, z_minus, batch, head, heads, first, begin, end, eps,
-    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """o = φ(q) S / (φ̃(q) · z + ε)."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
@@ -511,7 +514,7 @@ def write_output(
         n = start + tl.arange(0, C.BLOCK_N)
         inside = n < end
         mask = inside[:, None] & exists[None, :]
-        q = tl.load(q_ptr + q_tile, mask=mask, other=PAD)
+        q = tl.load(q_ptr + q_tile, mask=mask, other=0.0)
         if C.SIGNED:
             q = _to_product_layout(q, identity, OPERAND)
         phi_plus, phi_minus = _features(q.to(tl.float32), a, PHI, C)
@@ -546,7 +549,7 @@ def differentiate_queries(
     q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides,
     cos_ptr, sin_ptr, rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides,
     plus, minus, z_plus, z_minus, mean, batch, head, heads, first, begin, end, eps,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Writes the queries' gradients, and returns dS₊, dS₋, dz₊, dz₋ and the gradient of the map's parameter."""
@@ -581,7 +584,7 @@ def differentiate_queries(
         n = start + tl.arange(0, C.BLOCK_N)
         inside = n < end
         mask, do_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
-        q = _to_product_layout(tl.load(q_ptr + q_tile, mask=mask, other=PAD), identity, OPERAND)
+        q = _to_product_layout(tl.load(q_ptr + q_tile, mask=mask, other=0.0), identity, OPERAND)
         do = tl.load(do_ptr + do_tile, mask=do_mask, other=0.0).to(OPERAND)
         phi_plus, phi_minus = _features(q, a, PHI, C)
         unweighted_plus, unweighted_minus = phi_plus, phi_minus
@@ -658,6 +661,9 @@ def differentiate_queries(
             wq_ptr, dwq_ptr = _next(wq_ptr, wq_strides, C), _next(dwq_ptr, dwq_strides, C)
 
     dz_plus, dz_minus, da = _sum_eighths(dz_plus), _sum_eighths(dz_minus), _sum_eighths(da)
+    if C.GROUP * C.D < C.BLOCK_D:  # φ need not be zero in columns that do not exist
+        d_plus, d_minus = tl.where(exists[None, :], d_plus, 0.0), tl.where(exists[None, :], d_minus, 0.0)
+        dz_plus, dz_minus = tl.where(exists, dz_plus, 0.0), tl.where(exists, dz_minus, 0.0)
     return _mask_heads(d_plus, C), _mask_heads(d_minus, C), dz_plus, dz_minus, da
 
 
@@ -666,7 +672,7 @@ def differentiate_keys(
     k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
     cos_ptr, sin_ptr, rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
     d_plus, d_minus, dz_plus, dz_minus, mean, batch, head, heads, first, begin, end, count, scale,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients of keys and values, and returns the gradient of the map's parameter."""
@@ -699,7 +705,7 @@ def differentiate_keys(
         n = start + tl.arange(0, C.BLOCK_N)
         inside = n < end
         mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
-        k = _to_product_layout(tl.load(k_ptr + k_tile, mask=mask, other=PAD), identity, OPERAND)
+        k = _to_product_layout(tl.load(k_ptr + k_tile, mask=mask, other=0.0), identity, OPERAND)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         phi_plus, phi_minus = _features(k, a, PHI, C)
         unweighted_plus, unweighted_minus = phi_plus, phi_minus
@@ -797,7 +803,7 @@ def reduce_kernel(partial_ptr, sum_ptr, length, splits, BLOCK: tl.constexpr, SPL
 def output_kernel(
     q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr, rope_strides,
     cu_seqlens, state_ptr, query_length, heads, eps,
-    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The output for one split of the queries."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
@@ -806,7 +812,7 @@ def output_kernel(
     write_output(
         q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr,
         rope_strides, plus, minus, z_plus, z_minus, batch, head, heads, first, begin, end, eps,
-        PHI, PAD, OPERAND, PRECISION, C,
+        PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
 
 
@@ -829,7 +835,7 @@ def forward_kernel(
     write_output(
         q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr,
         rope_strides, plus, minus, z_plus, z_minus, batch, head, heads, first, 0, count, eps,
-        PHI, PAD, OPERAND, PRECISION, C,
+        PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
 
 
@@ -838,7 +844,7 @@ def query_gradient_kernel(
     q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr, rope_strides,
     cu_seqlens, state_ptr, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides,
     d_state_ptr, mean_ptr, da_ptr, query_length, heads, eps,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one split of the queries, its sums for the keys' gradients, and the values' mean."""
@@ -850,7 +856,7 @@ def query_gradient_kernel(
     d_plus, d_minus, dz_plus, dz_minus, da = differentiate_queries(
         q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr,
         rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus, z_minus,
-        mean, batch, head, heads, first, begin, end, eps, PHI, PHI_DX, PHI_DA, PAD, OPERAND, PRECISION, C,
+        mean, batch, head, heads, first, begin, end, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
     )  # fmt: skip
     if d_state_ptr is not None:
         if tl.program_id(1) == 0:
@@ -875,7 +881,7 @@ def key_gradient_kernel(
     k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr, rope_strides,
     cu_seqlens, d_state_ptr, mean_ptr, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides,
     dwk_ptr, dwk_strides, da_ptr, key_length, heads, scale,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one split of the keys and values."""
@@ -889,7 +895,7 @@ def key_gradient_kernel(
         k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr,
         rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
         d_plus, d_minus, dz_plus, dz_minus, mean, batch, head, heads, first, begin, end, count, scale,
-        PHI, PHI_DX, PHI_DA, PAD, OPERAND, PRECISION, C,
+        PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
     )  # fmt: skip
     _store_parameter_gradient(da_ptr, _split_at(sequence, heads, C) + head, head, heads, da, C)
 
@@ -917,13 +923,13 @@ def backward_kernel(
     d_plus, d_minus, dz_plus, dz_minus, da = differentiate_queries(
         q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, cos_ptr, sin_ptr,
         rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus, z_minus,
-        mean, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, PHI_DA, PAD, OPERAND, PRECISION, C,
+        mean, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
     )  # fmt: skip
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     da += differentiate_keys(
         k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cos_ptr, sin_ptr,
         rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
         d_plus, d_minus, dz_plus, dz_minus, mean, batch, head, heads, first, 0, count, count, scale,
-        PHI, PHI_DX, PHI_DA, PAD, OPERAND, PRECISION, C,
+        PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
     )  # fmt: skip
     _store_parameter_gradient(da_ptr, sequence * heads + head, head, heads, da, C)
