@@ -32,6 +32,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from flash_bla.engine.augment import DeviceAugmentation
 from flash_bla.engine.checkpoint import CheckpointFolder, load_weights, read_checkpoint
 from flash_bla.engine.config import RunError, TrainConfig, as_dict, parse_train
 from flash_bla.engine.data import (
@@ -191,10 +192,13 @@ def train(config: TrainConfig, processes: Processes) -> int:
     if config.compile:
         train_model = torch.compile(train_model)
         average = torch.compile(average) if config.mesa else None
-    to_device = ToDevice(data["mean"], data["std"], device)
+    augment = DeviceAugmentation(config, data, device) if config.device_augment or config.in_memory else None
+    to_device = ToDevice(data["mean"], data["std"], device, augment)
     order.start = (epoch, update)
     batches = iter(train_loader(config, train_set, data, order, device)) if epoch < epochs else None
     val_batches = eval_loader(config, val_set, data, processes)
+    if config.in_memory:
+        val_batches = [(images.to(device), targets, unreadable) for images, targets, unreadable in val_batches]
     done = epoch * updates + update
     quiet = None if processes.first else True  # None: unless it goes to a terminal
     bar = tqdm(total=epochs * updates, initial=done, unit="update", dynamic_ncols=True, disable=quiet)

@@ -113,7 +113,16 @@ class TrainConfig(CommonConfig):
     compile: bool = setting("model", False, "torch.compile the model", free=True)
 
     train_split: str = setting("data", "train", "name of the split to train on")
+    in_memory: bool = setting(
+        "data",
+        False,
+        "decode all images once and keep them on the device, where they are augmented: for small data sets of images "
+        "of one size, that of the model or smaller",
+    )
 
+    device_augment: bool = setting(
+        "augmentation", False, "augment on the device: loader processes decode and crop, and do no more"
+    )
     scale: list[float] = setting("augmentation", [0.08, 1.0], "random crop: range of its area")
     ratio: list[float] = setting("augmentation", [0.75, 4 / 3], "random crop: range of its aspect ratio")
     hflip: float = setting("augmentation", 0.5, "probability of a horizontal flip")
