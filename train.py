@@ -189,10 +189,11 @@ def train(config: TrainConfig, processes: Processes) -> int:
     if processes.count > 1:
         devices = [device] if device.type == "cuda" else None
         train_model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # see `statistics`
+    augment = DeviceAugmentation(config, data, device) if config.device_augment or config.in_memory else None
     if config.compile:
+        augment = augment and torch.compile(augment.__call__)
         train_model = torch.compile(train_model)
         average = torch.compile(average) if config.mesa else None
-    augment = DeviceAugmentation(config, data, device) if config.device_augment or config.in_memory else None
     to_device = ToDevice(data["mean"], data["std"], device, augment)
     order.start = (epoch, update)
     batches = iter(train_loader(config, train_set, data, order, device)) if epoch < epochs else None

@@ -59,6 +59,7 @@ def _mixed(bits: Tensor) -> Tensor:
 
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_STEP = 0x9E3779B9  # the inductor multiplies it by a range in Python's integers, which must fit into 64 bits
 
 
 def image_keys(seed: int, places: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class Draws:
     def _bits(self, count: int) -> Tensor:
         places = torch.arange(self.drawn + 1, self.drawn + count + 1, device=self.keys.device)
         self.drawn += count
-        return _mixed(self.keys[:, None] + places * _GAMMA)
+        return _mixed(self.keys[:, None] + places * _STEP)
 
     def uniform(self, count: int) -> Tensor:
         """(B, count) numbers in [0, 1)."""
