@@ -165,7 +165,7 @@ def test_an_image_does_not_depend_on_its_batch(grey, in_memory):
     augment = DeviceAugmentation(TrainConfig(in_memory=in_memory, **FULL), data, CPU)
     images, keys = as_batch(pictures()[:2] * 16)[:, : data["input_size"][0]], torch.arange(32)
     whole = augment(images, keys)
-    assert whole.shape == images.shape and len(whole.flatten(1).unique(dim=0)) == 32
+    assert whole.shape == images.shape and len(whole.flatten(1).unique(dim=0)) > 20
     assert torch.equal(torch.cat([augment(images[:5], keys[:5]), augment(images[5:], keys[5:])]), whole)
 
 
