@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import RandomResizedCropAndInterpolation, auto_augment
+from timm.data.random_erasing import RandomErasing
 
 from flash_bla.engine.augment import (
     OPERATIONS,
@@ -22,7 +23,7 @@ from flash_bla.engine.augment import (
 )
 from flash_bla.engine.config import RunError, TrainConfig
 from flash_bla.engine.data import ToDevice, TrainOrder, open_dataset, train_loader
-from flash_bla.engine.processes import Processes
+from flash_bla.engine.processes import Processes, seed_host
 
 CPU = torch.device("cpu")
 DATA = {"input_size": [3, 20, 24], "mean": [0.5, 0.4, 0.3], "std": [0.25] * 3, "interpolation": "bilinear"}
@@ -122,20 +123,19 @@ def test_the_crop_is_a_part_of_the_image_enlarged(scale):
 
 @pytest.mark.parametrize(("mode", "count"), [("pixel", 1), ("rand", 3), ("const", 2)])
 def test_erasing_takes_as_much_as_timm(mode, count):
-    from timm.data.random_erasing import RandomErasing
-
     config = TrainConfig(reprob=0.5, remode=mode, recount=count, hflip=0.0)
     images = torch.full((3000, 3, 20, 24), 128, dtype=torch.uint8)
-    found = DeviceAugmentation(config, DATA, CPU)(images, torch.arange(3000))
+    found = DeviceAugmentation(config, DATA, CPU)(images, image_keys(1, torch.arange(3000)[:, None]))
     value = (128 / 255 - torch.tensor(DATA["mean"]).view(3, 1, 1)) / 0.25
     erased = ((found - value).abs() > 1e-5).any(1)
     if mode == "const":
         assert not found.movedim(1, 3)[erased].any()
     else:
         assert found.movedim(1, 3)[erased].mean().abs() < 0.1 and (found.movedim(1, 3)[erased].std() - 1).abs() < 0.1
+    seed_host(0)
     theirs = RandomErasing(0.5, mode="const", max_count=count, device="cpu")(torch.ones(3000, 1, 20, 24))[:, 0] == 0
     for share in (lambda mask: mask.float().mean(), lambda mask: mask.flatten(1).any(1).float().mean()):
-        assert (share(erased) - share(theirs)).abs() < 0.04
+        assert (share(erased) - share(theirs)).abs() < 0.05
     assert (erased.float().mean(0) - theirs.float().mean(0)).abs().max() < 0.05  # ... and everywhere
 
 
