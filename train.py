@@ -151,6 +151,11 @@ def train(config: TrainConfig, processes: Processes) -> int:
             "scaler": scaler.state_dict(),
         }
 
+    def save_and_stop() -> int:
+        saved = folder.save_last(snapshot())
+        log.say(f"asked to stop after update {update} of epoch {epoch + 1}{'' if saved else ', NOT saved'}")
+        return STOPPED if saved else 1
+
     folder = CheckpointFolder(config.output, warn, writes=processes.first)
     state = folder.load()
     if len(set(processes.gather(state and (state["epoch"], state["update"])))) > 1:
@@ -271,9 +276,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
                 minutes = (time.monotonic() - save_time) / 60
                 asked_to_stop, due = stop.agreed(save=0 < config.save_minutes <= minutes)
                 if asked_to_stop:
-                    saved = folder.save_last(snapshot())
-                    log.say(f"asked to stop after update {update} of epoch {epoch + 1}{'' if saved else ', NOT saved'}")
-                    return STOPPED if saved else 1
+                    return save_and_stop()
                 if due or (config.save_updates and done % config.save_updates == 0):
                     saved, save_time = folder.save_last(snapshot()), time.monotonic()
 
@@ -283,10 +286,12 @@ def train(config: TrainConfig, processes: Processes) -> int:
             row = {"epoch": epoch + 1, "updates": done, "lr": learning_rate(), "train_loss": train_loss}
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs:
                 try:
-                    figures = evaluate(eval_model, val_batches, to_device, processes, config.precision)
+                    figures = evaluate(eval_model, val_batches, to_device, processes, config.precision, stop=stop)
                 except RunError:
                     folder.save_last(snapshot())  # a picture that cannot be read costs an evaluation, not an epoch
                     raise
+                if figures is None:
+                    return save_and_stop()
                 row |= {"val_loss": figures["loss"], "top1": figures["top1"], "top5": figures["top5"]}
             unreadable.update(*processes.gather(unreadable))
             row |= {"images_per_second": speed, "skipped_updates": skipped, "unreadable_images": len(unreadable)}
