@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import UPDATES, assert_same_run, interrupt
 from timm.data import RandomResizedCropAndInterpolation, auto_augment
 from timm.data.random_erasing import RandomErasing
 
@@ -250,3 +251,15 @@ def test_the_loader_sends_keyed_bytes():
     )
     assert isinstance(images, KeyedImages) and images.images.dtype == torch.uint8 and images.keys.shape == (24,)
     assert targets.shape == (24,) and unreadable == []
+
+
+@pytest.mark.parametrize("where", ["--device-augment", "--in-memory"])
+def test_a_run_goes_on_bit_for_bit(train, load, on_loss, where):
+    flags = (where, "--aa", "rand-m5-mstd0.5-inc1", "--reprob", "0.3", "--mixup", "0.5", "--scale", "0.6", "1")
+    assert train("whole", *flags) == 0
+    on_loss(interrupt(UPDATES + 1))
+    assert train("stopped", *flags) == 75
+    assert train("stopped", *flags, "--workers", "1") == 0
+    assert_same_run(load("whole"), load("stopped"))
+    with pytest.raises(RunError, match="holds another run(.|\n)*" + where[2:].replace("-", "_") + ": True -> False"):
+        train("whole", *flags[1:])
