@@ -284,7 +284,7 @@ def read_recipe(recipe: str, above: Sequence[Path] = ()) -> dict[str, Any]:
     """The settings of a recipe, and below them those of the recipe that it names itself.
 
     Args:
-        recipe: Its name in the package (`deit`), or a YAML file.
+        recipe: Its name in the package (`deit`), or a YAML file, from where the recipe stands that names it.
         above: The files of the recipes that led to this one.
 
     Raises:
@@ -299,6 +299,8 @@ def read_recipe(recipe: str, above: Sequence[Path] = ()) -> dict[str, Any]:
     base = content.pop("recipe", None)
     check_entries({"recipe": base}, {"recipe": str | None}, str(path))
     settings = check_settings(TrainConfig, content, str(path))
+    if base and base.endswith((".yaml", ".yml")):
+        base = str(path.parent / base)
     return (read_recipe(base, chain) if base else {}) | settings
 
 

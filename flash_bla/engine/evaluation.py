@@ -112,8 +112,8 @@ def evaluate(
     Returns:
         `top1` and `top5` in per cent (top-5 is top-k where there are k < 5 classes), `loss`, `ece` (the expected
         calibration error, in per cent, see `Scores`), `images`, `classes` (for each class its images and the right
-        ones of them; an image with several classes counts for each) and `images_per_second`. None if a process was asked
-        to stop and has not seen all of its share.
+        ones of them; an image with several classes counts for each) and `images_per_second`. None if a process was
+        asked to stop and has not seen all of its share.
 
     Raises:
         RunError: An image cannot be read.
