@@ -32,7 +32,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from flash_bla.engine.augment import DeviceAugmentation
+from flash_bla.engine.augment import device_augmentation
 from flash_bla.engine.checkpoint import CheckpointFolder, load_weights, read_checkpoint
 from flash_bla.engine.config import RunError, TrainConfig, as_dict, parse_train
 from flash_bla.engine.data import (
@@ -194,12 +194,10 @@ def train(config: TrainConfig, processes: Processes) -> int:
     if processes.count > 1:
         devices = [device] if device.type == "cuda" else None
         train_model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # see `statistics`
-    augment = DeviceAugmentation(config, data, device) if config.device_augment or config.in_memory else None
     if config.compile:
-        augment = augment and torch.compile(augment.__call__)
         train_model = torch.compile(train_model)
         average = torch.compile(average) if config.mesa else None
-    to_device = ToDevice(data["mean"], data["std"], device, augment)
+    to_device = ToDevice(data["mean"], data["std"], device, device_augmentation(config, data, device))
     order.start = (epoch, update)
     batches = iter(train_loader(config, train_set, data, order, device)) if epoch < epochs else None
     val_batches = eval_loader(config, val_set, data, processes)

@@ -85,8 +85,7 @@ def stages(images: TrainImages, paths: list[Path]) -> dict[str, float]:
     whole = getattr(images.transform, "transform", images.transform)  # without what goes with the bytes
     for number, path in enumerate(paths):
         seed_host(number)
-        with open(path, "rb") as file:
-            image = timed("read and decode", images.decode, file, "RGB")
+        image = timed("read and decode", lambda path: Image.open(path).convert("RGB"), path)
         for step in whole.transforms:
             image = timed(type(step).__name__, step, image)
     return {name: 1000 * seconds / len(paths) for name, seconds in spent.items()}

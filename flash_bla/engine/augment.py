@@ -190,6 +190,16 @@ class DeviceAugmentation:
         return images
 
 
+def device_augmentation(
+    config: TrainConfig, data: dict[str, Any], device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What a run augments on the device, compiled if its model is; None where it augments on the host."""
+    if not (config.device_augment or config.in_memory):
+        return None
+    augment = DeviceAugmentation(config, data, device)
+    return torch.compile(augment.__call__) if config.compile else augment
+
+
 def _read_policy(text: str) -> RandAugment:
     """timm's reading of a policy string.
 

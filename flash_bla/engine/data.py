@@ -8,12 +8,10 @@ is the same whether one process takes the total batch or several share it.
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +21,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
-from torchvision.transforms.functional import pil_to_tensor
 
 from flash_bla.engine.augment import KeyedImages, KeyedTransform, image_keys
 from flash_bla.engine.config import CommonConfig, RunError, TrainConfig
@@ -194,28 +190,11 @@ class UnreadableImage(Exception):
     """An image that cannot be decoded; the message names the file."""
 
 
-def decode_image(file: BinaryIO, mode: str) -> Image.Image:
-    """An open file as Pillow's image of a mode."""
-    return Image.open(file).convert(mode)
-
-
-def decode_bytes(file: BinaryIO, mode: str) -> torch.Tensor:
-    """An open file as uint8 (C, H, W), a JPEG without the way over Pillow."""
-    content = file.read()
-    if content.startswith(b"\xff\xd8"):
-        with suppress(RuntimeError):  # a kind of JPEG that torchvision does not know, or a damaged one: Pillow will say
-            kind = ImageReadMode.GRAY if mode == "L" else ImageReadMode.RGB
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), kind)
-    return pil_to_tensor(decode_image(io.BytesIO(content), mode))
-
-
-def read_image(
-    dataset: Any, index: int, mode: str, decode: Callable[[BinaryIO, str], Any] = decode_image
-) -> tuple[Any, int]:
+def read_image(dataset: Any, index: int, mode: str) -> tuple[Image.Image, int]:
     """Image and class of a map-style data set of timm, torchvision or this module.
 
     timm's own data sets put another image in place of one that they cannot read, which an evaluation must not do: so
-    this reads with timm's readers, but decodes by itself, where the data set gives files and not images.
+    this reads with timm's readers, but decodes by itself.
 
     Raises:
         UnreadableImage: The image cannot be decoded; the file is named.
@@ -224,7 +203,7 @@ def read_image(
         if hasattr(dataset, "reader"):
             file, target = dataset.reader[index][:2]
             with file:
-                image = decode(file, mode)
+                image = Image.open(file).convert(mode)
         else:
             image, target = dataset[index]
             image = image.convert(mode)
@@ -264,17 +243,15 @@ def resolve_data(
 class TrainImages(Dataset):
     """Augmented images by the keys of `TrainOrder`. An unreadable image gives its place to the next readable one."""
 
-    def __init__(
-        self, dataset: Any, transform: Callable, mode: str, seed: int, decode: Callable[..., Any] = decode_image
-    ):
-        self.dataset, self.transform, self.mode, self.seed, self.decode = dataset, transform, mode, seed, decode
+    def __init__(self, dataset: Any, transform: Callable, mode: str, seed: int):
+        self.dataset, self.transform, self.mode, self.seed = dataset, transform, mode, seed
 
     def __getitem__(self, key: tuple[int, int, int]) -> Item:
         epoch, index, copy = key
         unreadable: list[str] = []
         for neighbour in range(index, index + REPLACEMENTS):
             try:
-                image, target = read_image(self.dataset, neighbour % len(self.dataset), self.mode, self.decode)
+                image, target = read_image(self.dataset, neighbour % len(self.dataset), self.mode)
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 continue
@@ -355,6 +332,8 @@ class TrainOrder(Sampler):
 class ImagesInMemory:
     """The images of a data set on the device, and the batches of a run from there."""
 
+    num_workers, prefetch_factor = 0, None  # as a DataLoader tells them
+
     def __init__(
         self, config: TrainConfig, dataset: Any, data: dict[str, Any], order: TrainOrder, device: torch.device
     ):
@@ -397,11 +376,11 @@ def train_loader(
     """
     if config.in_memory:
         return ImagesInMemory(config, dataset, data, order, device)
-    decode = decode_image
     if config.device_augment:
+        # On tensors, where resizing takes half the time that it takes Pillow.
         kind = InterpolationMode(data["interpolation"])
         crop = v2.RandomResizedCrop(data["input_size"][1:], config.scale, config.ratio, kind)
-        transform, decode = KeyedTransform(v2.Compose([v2.PILToTensor(), crop])), decode_bytes
+        transform = KeyedTransform(v2.Compose([v2.PILToTensor(), crop]))
     else:
         transform = create_transform(
             data["input_size"], is_training=True, mean=data["mean"], std=data["std"],
@@ -414,8 +393,7 @@ def train_loader(
     options = loader_options(config, device)
     if isinstance(dataset, IterableDataset):
         return StreamLoader(TrainStream(dataset, transform, data["mode"], order), **options)
-    images = TrainImages(dataset, transform, data["mode"], config.seed, decode)
-    return Loader(images, batch_sampler=order, **options)
+    return Loader(TrainImages(dataset, transform, data["mode"], config.seed), batch_sampler=order, **options)
 
 
 def eval_loader(config: CommonConfig, dataset: Any, data: dict[str, Any], processes: Processes) -> DataLoader:
