@@ -10,10 +10,11 @@ from flash_bla.engine import bottleneck, data
 from flash_bla.engine.config import parse_train
 
 
-@pytest.mark.parametrize("where", [(), ("--device-augment",), ("--in-memory",)])
-@pytest.mark.parametrize("slow", ["input", "model"])
+@pytest.mark.parametrize(
+    ("slow", "where"), [("input", ()), ("model", ()), ("model", ("--device-augment",)), ("input", ("--in-memory",))]
+)
 def test_the_slow_part_is_named(slow, where, model_yaml, one_process, monkeypatch):
-    if slow == "input" and where == ("--in-memory",):
+    if slow == "input" and where:
         keys = data.image_keys
         monkeypatch.setattr(data, "image_keys", lambda *args: time.sleep(0.4) or keys(*args))
     elif slow == "input":
