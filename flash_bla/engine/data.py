@@ -360,10 +360,12 @@ class ImagesInMemory:
         self.order, self.seed = order, mixed_seed(config.seed)
 
     def __iter__(self) -> Iterator[tuple[KeyedImages, torch.Tensor, list[str]]]:
-        for keys in self.order:
-            places = torch.tensor(keys).to(self.images.device, non_blocking=True)
-            indices = places[:, 1]
-            yield KeyedImages(self.images[indices], image_keys(self.seed, places)), self.targets[indices], []
+        for batch in self.order:
+            places = torch.tensor(batch)
+            keys, indices = torch.stack([image_keys(self.seed, places), places[:, 1]]).to(
+                self.images.device, non_blocking=True
+            )
+            yield KeyedImages(self.images[indices], keys), self.targets[indices], []
 
 
 def train_loader(
