@@ -124,7 +124,7 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
     for attention in dict.fromkeys(args.attentions):
         content = load_yaml(config_path("examples/pola_vit_tiny_cifar10"))
         content["model"] |= {"attention": attention, "conv_stem": True}
-        text, path = yaml.safe_dump(content), args.output / f"{attention}_vit_tiny_cifar10.yaml"
+        text, path = yaml.safe_dump(content), args.output / f"{attention}_conv_vit_tiny_cifar10.yaml"
         if path.exists() and path.read_text() != text:
             raise RunError(f"{path} is of another model; choose another --output")
         args.output.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def test_runs_table_and_plot(data, tmp_path, monkeypatch, capsys):
         assert (row["recipe"], row["attention"], row["seeds"], row["top1_std"]) == ("adamw", attention, "0", "")
         assert (int(row["parameters"]), float(row["top1"])) == (summary["parameters"], summary["last"]["top1"])
         assert float(row["seconds"]) == float(log[1]["seconds"]) > float(log[0]["seconds"])
-        assert summary["settings"]["model"] == f"{attention}_vit_tiny_cifar10"
+        assert summary["settings"]["model"] == f"{attention}_conv_vit_tiny_cifar10"
         assert (summary["settings"]["in_memory"], summary["settings"]["opt"]) == (True, "adamw")
         assert summary["settings"]["model_kwargs"] == {"embed_dim": 24, "depth": 1}
     assert int(rows[1]["parameters"]) > int(rows[0]["parameters"])  # pola has more than projections
@@ -82,8 +82,8 @@ def test_runs_table_and_plot(data, tmp_path, monkeypatch, capsys):
         benchmark("pola", flags=["--batch-size", "10"])
     with pytest.raises(RunError, match="no attention is called 'polar'"):
         benchmark("pola", "polar")
-    with pytest.raises(RunError, match=r"pola_vit_tiny_cifar10.yaml is of another model"):
-        (output / "pola_vit_tiny_cifar10.yaml").write_text("family: vit")
+    with pytest.raises(RunError, match=r"pola_conv_vit_tiny_cifar10.yaml is of another model"):
+        (output / "pola_conv_vit_tiny_cifar10.yaml").write_text("family: vit")
         benchmark("pola")
     assert capsys.readouterr().out == ""
     assert written == {file: file.read_bytes() for file in output.glob("*[!x]-seed0/*.*")}
