@@ -170,6 +170,13 @@ def test_an_image_does_not_depend_on_its_batch(grey, in_memory):
     assert torch.equal(torch.cat([augment(images[:5], keys[:5]), augment(images[5:], keys[5:])]), whole)
 
 
+def test_it_compiles_as_one_graph():
+    augment = DeviceAugmentation(TrainConfig(in_memory=True, **FULL), DATA, CPU)
+    images, keys = as_batch(pictures() * 2), torch.arange(8)
+    compiled = torch.compile(augment.__call__, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, keys), augment(images, keys))
+
+
 # In training ---------------------------------------------------------------------------------------------------------
 
 
