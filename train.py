@@ -32,6 +32,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from flash_bla.engine.augment import device_augmentation
 from flash_bla.engine.checkpoint import CheckpointFolder, load_weights, read_checkpoint
 from flash_bla.engine.config import RunError, TrainConfig, as_dict, parse_train
 from flash_bla.engine.data import (
@@ -150,6 +151,11 @@ def train(config: TrainConfig, processes: Processes) -> int:
             "scaler": scaler.state_dict(),
         }
 
+    def save_and_stop() -> int:
+        saved = folder.save_last(snapshot())
+        log.say(f"asked to stop after update {update} of epoch {epoch + 1}{'' if saved else ', NOT saved'}")
+        return STOPPED if saved else 1
+
     folder = CheckpointFolder(config.output, warn, writes=processes.first)
     state = folder.load()
     if len(set(processes.gather(state and (state["epoch"], state["update"])))) > 1:
@@ -191,10 +197,12 @@ def train(config: TrainConfig, processes: Processes) -> int:
     if config.compile:
         train_model = torch.compile(train_model)
         average = torch.compile(average) if config.mesa else None
-    to_device = ToDevice(data["mean"], data["std"], device)
+    to_device = ToDevice(data["mean"], data["std"], device, device_augmentation(config, data, device))
     order.start = (epoch, update)
     batches = iter(train_loader(config, train_set, data, order, device)) if epoch < epochs else None
     val_batches = eval_loader(config, val_set, data, processes)
+    if config.in_memory:
+        val_batches = [(images.to(device), targets, unreadable) for images, targets, unreadable in val_batches]
     done = epoch * updates + update
     quiet = None if processes.first else True  # None: unless it goes to a terminal
     bar = tqdm(total=epochs * updates, initial=done, unit="update", dynamic_ncols=True, disable=quiet)
@@ -266,9 +274,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
                 minutes = (time.monotonic() - save_time) / 60
                 asked_to_stop, due = stop.agreed(save=0 < config.save_minutes <= minutes)
                 if asked_to_stop:
-                    saved = folder.save_last(snapshot())
-                    log.say(f"asked to stop after update {update} of epoch {epoch + 1}{'' if saved else ', NOT saved'}")
-                    return STOPPED if saved else 1
+                    return save_and_stop()
                 if due or (config.save_updates and done % config.save_updates == 0):
                     saved, save_time = folder.save_last(snapshot()), time.monotonic()
 
@@ -278,10 +284,12 @@ def train(config: TrainConfig, processes: Processes) -> int:
             row = {"epoch": epoch + 1, "updates": done, "lr": learning_rate(), "train_loss": train_loss}
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == epochs:
                 try:
-                    figures = evaluate(eval_model, val_batches, to_device, processes, config.precision)
+                    figures = evaluate(eval_model, val_batches, to_device, processes, config.precision, stop=stop)
                 except RunError:
                     folder.save_last(snapshot())  # a picture that cannot be read costs an evaluation, not an epoch
                     raise
+                if figures is None:
+                    return save_and_stop()
                 row |= {"val_loss": figures["loss"], "top1": figures["top1"], "top5": figures["top5"]}
             unreadable.update(*processes.gather(unreadable))
             row |= {"images_per_second": speed, "skipped_updates": skipped, "unreadable_images": len(unreadable)}

@@ -1,15 +1,22 @@
 #!/usr/bin/env python
 """Train one vision transformer on CIFAR-10 with each of several attentions, and show them side by side.
 
-    python benchmarks/cifar10.py --data-dir /data/cifar10 --precision bf16 --compile --workers 15
+    python benchmarks/cifar10.py --data-dir /data/cifar10 --precision bf16 --compile
 
-The model and recipe are those of configs/examples/pola_vit_tiny_cifar10.yaml; all runs differ in the attention and the
-seed alone. Flags that are not listed below go to train.py. A GPU has one run at a time and takes the next when it is
-free. Started again, finished runs are not repeated, and interrupted ones go on.
+The model is that of configs/examples/pola_vit_tiny_cifar10.yaml with a convolutional stem, the recipe
+benchmarks/cifar10_recipes/adamw.yaml; all runs differ in the attention and the seed alone, or in the recipe where
+several are given, to find the best one:
 
-The output folder holds a folder for each run (what train.py writes, and its log.txt), and of the finished runs
-table.md, table.csv and curves.png. Top-1 is that of the last epoch, so that the test images choose nothing; images/s is
-the median over the epochs; the training time leaves out the start of the process.
+    python benchmarks/cifar10.py --data-dir /data/cifar10 --precision bf16 --compile --attentions linear softmax \
+        --recipes benchmarks/cifar10_recipes/*.yaml --epochs 20 --runs-per-gpu 4 --output output/cifar10-recipes
+
+Flags that are not listed below go to train.py, such as --epochs. A GPU has --runs-per-gpu runs at a time and takes the
+next when one ends. Started again, finished runs are not repeated, and interrupted ones go on.
+
+The output folder holds a folder for each run (what train.py writes, and its log.txt), and of the runs that have
+finished table.md, table.csv and curves.png. Top-1 is that of the last epoch, so that the test images choose nothing;
+images/s is the median over the epochs, beside the other runs on the same GPU; the training time leaves out the start of
+the process.
 
 Exit codes: 0 all runs are complete, 1 a run failed or the flags contradict each other, 2 wrong flags, 75 it was asked
 to stop (SIGTERM or Ctrl-C) and the runs have saved: start it again to go on.
@@ -20,6 +27,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import signal
@@ -27,7 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +50,12 @@ from flash_bla.engine.config import RunError, TrainConfig, as_dict, differences,
 from flash_bla.engine.logs import csv_text
 
 ROOT = Path(__file__).resolve().parents[1]
+RECIPES = Path(__file__).parent / "cifar10_recipes"
 ATTENTIONS = ("linear", "focused", "pola", "mlla", "rala", "softmax")
 TAIL = 20  # lines of the log of a run that failed
 # Column of the table: what it shows of a row.
 COLUMNS = {
+    "recipe": lambda row: row["recipe"],
     "attention": lambda row: row["attention"],
     "seeds": lambda row: row["seeds"],
     "parameters": lambda row: f"{row['parameters'] / 1e6:.2f} M",
@@ -58,15 +68,16 @@ COLUMNS = {
 
 @dataclass
 class Run:
-    """A run of train.py: one attention with one seed."""
+    """A run of train.py: one recipe, one attention and one seed."""
 
+    recipe: str
     attention: str
     seed: int
     flags: list[str]
     config: TrainConfig
 
     def __str__(self) -> str:
-        return f"{self.attention}, seed {self.seed}"
+        return f"{self.recipe}, {self.attention}, seed {self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -112,16 +123,18 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
     runs = []
     for attention in dict.fromkeys(args.attentions):
         content = load_yaml(config_path("examples/pola_vit_tiny_cifar10"))
-        content["model"]["attention"] = attention
-        text, path = yaml.safe_dump(content), args.output / f"{attention}_vit_tiny_cifar10.yaml"
+        content["model"] |= {"attention": attention, "conv_stem": True}
+        text, path = yaml.safe_dump(content), args.output / f"{attention}_conv_vit_tiny_cifar10.yaml"
         if path.exists() and path.read_text() != text:
             raise RunError(f"{path} is of another model; choose another --output")
         args.output.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        for seed in dict.fromkeys(args.seeds):
-            flags = [*passed_on, "--config", str(path), "--data-dir", str(args.data_dir), "--epochs", str(args.epochs)]
-            flags += ["--seed", str(seed), "--output", str(args.output / f"{attention}-seed{seed}")]
-            runs.append(Run(attention, seed, flags, parse_train(flags)))
+        for recipe, seed in itertools.product(dict.fromkeys(args.recipes), dict.fromkeys(args.seeds)):
+            name = Path(recipe).stem
+            folder = args.output / f"{name}-{attention}-seed{seed}"
+            flags = ["--config", str(path), "--recipe", recipe, "--data-dir", str(args.data_dir), "--seed", str(seed)]
+            flags = [*passed_on, *flags, "--output", str(folder)]
+            runs.append(Run(name, attention, seed, flags, parse_train(flags)))
     return runs
 
 
@@ -132,12 +145,13 @@ def visible_gpus() -> list[str]:
     return names.split(",")[:count] if names else [str(number) for number in range(count)]
 
 
-def run_all(runs: Sequence[Run], gpus: Sequence[str]) -> int:
-    """Brings all runs to their end, one at a time on each GPU, and returns how many failed.
+def run_all(runs: Sequence[Run], places: Sequence[str], finished: Callable[[], None]) -> int:
+    """Brings all runs to their end, one at a time in each place, and returns how many failed.
 
+    A place is a GPU, which may be there several times. `finished` is called after each run that comes to its end.
     Whatever ends this function earlier, the runs are asked to stop, and have saved when it returns.
     """
-    waiting, free = list(runs), list(gpus) or [None]
+    waiting, free = list(runs), list(places) or [None]
     running: dict[subprocess.Popen, tuple[Run, str | None]] = {}
     failures = 0
     try:
@@ -152,6 +166,7 @@ def run_all(runs: Sequence[Run], gpus: Sequence[str]) -> int:
                 free.append(device)
                 if process.returncode == 0 and (summary := run.summary()):
                     say(f"{run}: top-1 {summary['last']['top1']:.2f} after {summary['last']['seconds'] / 60:.1f} min")
+                    finished()
                 else:
                     failures += 1
                     lines = (run.folder / "log.txt").read_text(errors="replace").splitlines()[-TAIL:]
@@ -164,8 +179,8 @@ def run_all(runs: Sequence[Run], gpus: Sequence[str]) -> int:
     return failures
 
 
-def table_row(attention: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """An attention's figures, the means over its runs in the units of train.py's log; of the memory the maximum.
+def table_row(runs: Sequence[Run]) -> dict[str, Any]:
+    """The figures of a recipe and an attention, the means over its runs in train.py's units; of the memory the maximum.
 
     `top1_std` is the sample standard deviation, None of a single run.
     """
@@ -173,7 +188,8 @@ def table_row(attention: str, runs: Sequence[Run]) -> dict[str, Any]:
     top1 = [float(rows[-1]["top1"]) for rows in histories]
     speeds = [statistics.median(float(row["images_per_second"]) for row in rows) for rows in histories]
     return {
-        "attention": attention,
+        "recipe": runs[0].recipe,
+        "attention": runs[0].attention,
         "seeds": " ".join(str(run.seed) for run in runs),
         "parameters": runs[0].summary()["parameters"],
         "top1": statistics.mean(top1),
@@ -186,7 +202,7 @@ def table_row(attention: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    aligned = ["---" if name in ("attention", "seeds") else "---:" for name in COLUMNS]
+    aligned = ["---" if name in ("recipe", "attention", "seeds") else "---:" for name in COLUMNS]
     table = [list(COLUMNS), aligned, *([show(row) for show in COLUMNS.values()] for row in rows)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
@@ -199,11 +215,11 @@ def mean_curve(runs: Sequence[Run]) -> dict[int, float]:
 
 
 def draw_curves(curves: dict[str, dict[int, float]]) -> bytes:
-    """The attentions' top-1 by epoch as PNG, a line for each."""
+    """Top-1 by epoch as PNG, a line for each label."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for attention, curve in curves.items():
-        axes.plot(curve.keys(), curve.values(), label=attention)
+    for label, curve in curves.items():
+        axes.plot(curve.keys(), curve.values(), label=label)
     # From a quarter of the epochs on: the steep rise before it would press the lines together.
     axes.set_ylim(bottom=min([*curve.values()][len(curve) // 4] for curve in curves.values()) - 1)
     axes.set(xlabel="epoch", ylabel="top-1 on the test images, %")
@@ -212,6 +228,27 @@ def draw_curves(curves: dict[str, dict[int, float]]) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     return picture.getvalue()
+
+
+def write_results(runs: Sequence[Run], output: Path) -> str:
+    """Writes table.md, table.csv and curves.png of the runs that have finished, and returns the table."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        if run.summary():
+            groups.setdefault((run.recipe, run.attention), []).append(run)
+    if not groups:
+        return ""
+    rows = [table_row(done) for done in groups.values()]
+    several = len({run.recipe for run in runs}) > 1
+    curves = {
+        f"{attention}, {recipe}" if several else attention: mean_curve(done)
+        for (recipe, attention), done in groups.items()
+    }
+    table = markdown(rows)
+    write_atomically(output / "table.md", table.encode())
+    write_atomically(output / "table.csv", csv_text(rows).encode())
+    write_atomically(output / "curves.png", draw_curves(curves))
+    return table
 
 
 def say(line: str) -> None:
@@ -224,7 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--data-dir", type=Path, required=True, help="has train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--attentions", nargs="+", default=ATTENTIONS, help=f"default: {' '.join(ATTENTIONS)}")
-    parser.add_argument("--epochs", type=int, default=100, help="default: 100")
+    parser.add_argument(
+        "--recipes", nargs="+", default=[str(RECIPES / "adamw.yaml")], help="names or files; default: adamw.yaml"
+    )
+    parser.add_argument("--runs-per-gpu", type=int, default=1, help="at a time; default: 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--output", type=Path, default=Path("output/cifar10"), help="default: output/cifar10")
     args, passed_on = parser.parse_known_args(argv)
@@ -233,19 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = visible_gpus()
     unfinished = [run for run in runs if run.summary() is None]
     say(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them complete; {len(gpus)} GPUs")
-    failures = run_all(unfinished, gpus)
-
-    finished: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.summary():
-            finished.setdefault(run.attention, []).append(run)
-    if finished:
-        rows = [table_row(attention, done) for attention, done in finished.items()]
-        curves = {attention: mean_curve(done) for attention, done in finished.items()}
-        table = markdown(rows)
-        write_atomically(args.output / "table.md", table.encode())
-        write_atomically(args.output / "table.csv", csv_text(rows).encode())
-        write_atomically(args.output / "curves.png", draw_curves(curves))
+    failures = run_all(unfinished, gpus * args.runs_per_gpu, lambda: write_results(runs, args.output))
+    if table := write_results(runs, args.output):
         say(f"\n{table}\nwritten to {args.output}: table.md, table.csv, curves.png")
     if failures:
         say(f"{failures} of {len(runs)} runs FAILED; started again, they go on where they were")

@@ -16,13 +16,16 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
 
+from flash_bla.engine.augment import DeviceAugmentation
 from flash_bla.engine.config import TrainConfig, read_recipe
 from flash_bla.engine.data import TrainImages, TrainOrder, open_dataset, train_loader
 from flash_bla.engine.processes import Processes, seed_host
@@ -69,7 +72,7 @@ def speed(loader) -> float:
     return images / (time.process_time() - start)
 
 
-def stages(transform: Callable, paths: list[Path]) -> dict[str, float]:
+def stages(images: TrainImages, paths: list[Path]) -> dict[str, float]:
     """Milliseconds of CPU time for an image in each stage."""
     spent = defaultdict(float)
 
@@ -79,13 +82,28 @@ def stages(transform: Callable, paths: list[Path]) -> dict[str, float]:
         spent[name] += time.thread_time() - start
         return result
 
-    steps = [*transform.transform.transforms] if hasattr(transform, "transform") else [*transform.transforms]
+    whole = getattr(images.transform, "transform", images.transform)  # without what goes with the bytes
     for number, path in enumerate(paths):
         seed_host(number)
         image = timed("read and decode", lambda path: Image.open(path).convert("RGB"), path)
-        for step in steps:
+        for step in whole.transforms:
             image = timed(type(step).__name__, step, image)
     return {name: 1000 * seconds / len(paths) for name, seconds in spent.items()}
+
+
+def device_speed(config: TrainConfig, batch: int = 256) -> float:
+    """Images a second that the GPU augments and normalises."""
+    augment = DeviceAugmentation(config, DATA, torch.device("cuda"))
+    images = torch.randint(256, (batch, *DATA["input_size"]), dtype=torch.uint8, device="cuda")
+    keys = torch.arange(batch, device="cuda")
+    for calls in (3, 30):  # the first ones to warm up
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            augment(images, keys)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return calls * batch / seconds
 
 
 def main() -> None:
@@ -102,26 +120,27 @@ def main() -> None:
         config = TrainConfig(**(values | {"dataset": "folder", "data_dir": name}))
         dataset = open_dataset(config, training=True)
 
-        def loader():
+        def loader(config: TrainConfig):
             return train_loader(config, dataset, DATA, TrainOrder(len(dataset), config, Processes(CPU, 0, 1)), CPU)
 
-        ours = loader()
-        floats = loader()
-        floats.dataset.transform = as_floats(config)
-        assert isinstance(ours.dataset, TrainImages)
-        figures = {"floats": [], "bytes": []}
+        on_device = replace(config, device_augment=True)
+        loaders = {"floats": loader(config), "bytes": loader(config), "device": loader(on_device)}
+        loaders["floats"].dataset.transform = as_floats(config)
+        figures = {title: [] for title in loaders}
         for _ in range(3):
-            figures["floats"].append(speed(floats))
-            figures["bytes"].append(speed(ours))
-        before, after = (sorted(values)[1] for values in figures.values())
+            for title, one in loaders.items():
+                figures[title].append(speed(one))
         print(f"{args.images} JPEGs of {args.size} x {args.size}, {kib:.0f} KiB each, recipe {args.recipe}, one core")
-        print(f"floats {before:6.0f} images/s")
-        print(f"bytes  {after:6.0f} images/s ({after / before - 1:+.0%})")
+        before = median(figures["floats"])
+        for title, values in figures.items():
+            print(f"{title:6s} {median(values):6.0f} images/s ({median(values) / before - 1:+.0%})")
         paths = sorted(folder.glob("train/*/*.jpg"))
-        for title, transform in (("floats", floats.dataset.transform), ("bytes", ours.dataset.transform)):
+        for title, one in loaders.items():
             print(f"stages of {title}, ms an image:")
-            for stage, milliseconds in stages(transform, paths).items():
-                print(f"  {stage:35s} {milliseconds:5.2f}")
+            for stage, spent in stages(one.dataset, paths).items():
+                print(f"  {stage:35s} {spent:5.2f}")
+        if torch.cuda.is_available():
+            print(f"{torch.cuda.get_device_name()}: {device_speed(on_device):,.0f} images/s augmented and normalised")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import subprocess
@@ -46,17 +47,18 @@ def test_runs_table_and_plot(data, tmp_path, monkeypatch, capsys):
     assert benchmark("linear", "pola", "linear") == 0
     rows = list(csv.DictReader((output / "table.csv").open()))
     for row, attention in zip(rows, ("linear", "pola"), strict=True):
-        folder = output / f"{attention}-seed0"
+        folder = output / f"adamw-{attention}-seed0"
         summary = json.loads((folder / "summary.json").read_text())
         log = list(csv.DictReader((folder / "log.csv").open()))
-        assert (row["attention"], row["seeds"], row["top1_std"]) == (attention, "0", "")
+        assert (row["recipe"], row["attention"], row["seeds"], row["top1_std"]) == ("adamw", attention, "0", "")
         assert (int(row["parameters"]), float(row["top1"])) == (summary["parameters"], summary["last"]["top1"])
         assert float(row["seconds"]) == float(log[1]["seconds"]) > float(log[0]["seconds"])
-        assert summary["settings"]["model"] == f"{attention}_vit_tiny_cifar10"
+        assert summary["settings"]["model"] == f"{attention}_conv_vit_tiny_cifar10"
+        assert (summary["settings"]["in_memory"], summary["settings"]["opt"]) == (True, "adamw")
         assert summary["settings"]["model_kwargs"] == {"embed_dim": 24, "depth": 1}
     assert int(rows[1]["parameters"]) > int(rows[0]["parameters"])  # pola has more than projections
     said = capsys.readouterr().out
-    assert "linear, seed 0: started on GPU 5" in said and "pola, seed 0: started on GPU 7" in said
+    assert "adamw, linear, seed 0: started on GPU 5" in said and "adamw, pola, seed 0: started on GPU 7" in said
     table = (output / "table.md").read_text()
     assert table in said and len(table.splitlines()) == 4
     with Image.open(output / "curves.png") as picture:
@@ -70,21 +72,21 @@ def test_runs_table_and_plot(data, tmp_path, monkeypatch, capsys):
     assert benchmark("softmax", "pola") == 1
     said = capsys.readouterr().out
     assert "2 runs, 1 of them complete" in said and "pola, seed 0" not in said
-    assert "softmax, seed 0: FAILED with exit code 1\n  | error: it went wrong" in said
+    assert "adamw, softmax, seed 0: FAILED with exit code 1\n  | error: it went wrong" in said
     assert [row["attention"] for row in csv.DictReader((output / "table.csv").open())] == ["pola"]
 
     # A run of other settings is not taken for one of these, and what cannot run is noticed before anything starts.
-    with pytest.raises(RunError, match=r"pola-seed0 holds another run(.|\n)*lr: 0.003 -> 0.1"):
+    with pytest.raises(RunError, match=r"pola-seed0 holds another run(.|\n)*lr: 0.002 -> 0.1"):
         benchmark("pola", flags=["--lr", "0.1"])
     with pytest.raises(RunError, match="total_batch: 20 -> 10"):
         benchmark("pola", flags=["--batch-size", "10"])
     with pytest.raises(RunError, match="no attention is called 'polar'"):
         benchmark("pola", "polar")
-    with pytest.raises(RunError, match=r"pola_vit_tiny_cifar10.yaml is of another model"):
-        (output / "pola_vit_tiny_cifar10.yaml").write_text("family: vit")
+    with pytest.raises(RunError, match=r"pola_conv_vit_tiny_cifar10.yaml is of another model"):
+        (output / "pola_conv_vit_tiny_cifar10.yaml").write_text("family: vit")
         benchmark("pola")
     assert capsys.readouterr().out == ""
-    assert written == {file: file.read_bytes() for file in output.glob("[!s]*-seed0/*.*")}
+    assert written == {file: file.read_bytes() for file in output.glob("*[!x]-seed0/*.*")}
 
 
 @dataclass
@@ -111,13 +113,17 @@ def test_a_free_gpu_takes_the_next_run(tmp_path, capsys):
     (tmp_path / "log.txt").write_text("\n".join(f"line {number}" for number in range(100)))
     wait = f"for i in $(seq 100); do [ -e {done} ] && exit 0; sleep 0.1; done; exit 1"
     jobs = [Job(script, tmp_path) for script in (wait, "exit 0", "exit 3", f"touch {done}")]
-    assert cifar10.run_all(jobs, ["a", "b"]) == 1  # the first one ends after the last one only
+    finished = []
+    assert (
+        cifar10.run_all(jobs, ["a", "b"], lambda: finished.append(done.exists())) == 1
+    )  # the first one ends after the last one only
     assert [job.process.returncode for job in jobs] == [0, 0, 3, 0]
     assert [job.gpu for job in jobs] == ["a", "b", "b", "b"]
+    assert finished == [False, True, True]
     said = capsys.readouterr().out
     assert "FAILED with exit code 3\n  | line 80\n" in said and "\n  | line 99\n" in said
     unfinished = Job("exit 0", tmp_path, ends=False)
-    assert cifar10.run_all([unfinished], []) == 1
+    assert cifar10.run_all([unfinished], [], pytest.fail) == 1
     assert unfinished.gpu is None
 
 
@@ -129,7 +135,7 @@ def test_a_stop_ends_the_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cifar10.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        cifar10.run_all(jobs, ["a", "b"])
+        cifar10.run_all(jobs, ["a", "b"], pytest.fail)
     assert [job.process and job.process.returncode for job in jobs] == [-15, -15, None]
 
 
@@ -149,7 +155,7 @@ def test_a_run_starts_on_its_gpu(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text("import os, sys; print(os.environ.get('CUDA_VISIBLE_DEVICES'), sys.argv[1:])")
     monkeypatch.setattr(cifar10, "ROOT", tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "none yet")
-    run = cifar10.Run("pola", 0, ["--seed", "0"], TrainConfig(output=str(tmp_path / "run")))
+    run = cifar10.Run("adamw", "pola", 0, ["--seed", "0"], TrainConfig(output=str(tmp_path / "run")))
     for gpu in ("7", None):  # the log of what came before stays
         assert run.start(gpu).wait() == 0
     assert (run.folder / "log.txt").read_text() == "7 ['--seed', '0']\nnone yet ['--seed', '0']\n"
@@ -159,7 +165,9 @@ def test_figures_over_seeds(tmp_path):
     logs = {0: [(1, 30, ""), (2, 10, 94.0), (3, 21, 90.0)], 1: [(1, 40, 50.0), (2, 90, 62.0), (3, 60, 93.0)]}
     runs = []
     for seed, log in logs.items():
-        run = cifar10.Run("pola", seed, [], TrainConfig(model="m", seed=seed, output=str(tmp_path / str(seed))))
+        run = cifar10.Run(
+            "adamw", "pola", seed, [], TrainConfig(model="m", seed=seed, output=str(tmp_path / str(seed)))
+        )
         run.folder.mkdir()
         settings = as_dict(run.config) | {"total_batch": run.config.batch_size, "train_images": 50_000}
         (run.folder / "summary.json").write_text(json.dumps({"parameters": 6_012_345, "settings": settings}))
@@ -167,12 +175,21 @@ def test_figures_over_seeds(tmp_path):
         lines += [f"{epoch},{speed},{top1},{60 * epoch + 30 * seed},{6 - epoch + seed}" for epoch, speed, top1 in log]
         (run.folder / "log.csv").write_text("\n".join(lines))
         runs.append(run)
-    row = cifar10.table_row("pola", runs)
+    row = cifar10.table_row(runs)
     assert row == {
-        "attention": "pola", "seeds": "0 1", "parameters": 6_012_345, "top1": 91.5, "top1_std": pytest.approx(4.5**0.5),
-        "seconds": 195.0, "images_per_second": 40.5, "memory_gib": 6.0,
+        "recipe": "adamw", "attention": "pola", "seeds": "0 1", "parameters": 6_012_345, "top1": 91.5,
+        "top1_std": pytest.approx(4.5**0.5), "seconds": 195.0, "images_per_second": 40.5, "memory_gib": 6.0,
     }  # fmt: skip
     last = cifar10.markdown([row]).splitlines()[-1]
-    assert last == "| pola | 0 1 | 6.01 M | 91.50 ± 2.12 | 3.2 min | 40 | 6.0 GiB |"
+    assert last == "| adamw | pola | 0 1 | 6.01 M | 91.50 ± 2.12 | 3.2 min | 40 | 6.0 GiB |"
     assert cifar10.mean_curve(runs) == {2: 78.0, 3: 91.5}
-    assert cifar10.table_row("pola", runs[:1])["top1_std"] is None
+    assert cifar10.table_row(runs[:1])["top1_std"] is None
+
+
+def test_every_candidate_can_be_run(data, tmp_path):
+    recipes = sorted(map(str, cifar10.RECIPES.glob("*.yaml")))
+    args = argparse.Namespace(attentions=["linear"], recipes=recipes, seeds=[0], data_dir=data, output=tmp_path)
+    runs = cifar10.plan(args, TINY)
+    assert len({str(run.config) for run in runs}) == len(recipes) > 2
+    assert all(run.config.in_memory and run.config.epochs == 2 for run in runs)
+    assert [run.folder.name for run in runs][:2] == ["adamw-linear-seed0", "adamw_high_lr-linear-seed0"]

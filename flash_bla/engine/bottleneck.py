@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
+from flash_bla.engine.augment import KeyedImages, device_augmentation
 from flash_bla.engine.config import RunError, TrainConfig, parse_train
 from flash_bla.engine.data import (
     ToDevice,
@@ -53,7 +54,7 @@ def rate(step: Callable[[], int], device: torch.device, warm_up: int, seconds: f
 
 
 def measure(config: TrainConfig, processes: Processes, seconds: float = SECONDS) -> dict[str, float]:
-    """Images a second of the loader (`input`), of updates without it (`model`), and of `both`."""
+    """Images a second of the loader (`input`), of updates without it (`model`), and of `both`, and what gives them."""
     device = processes.device
     config.epochs = sys.maxsize  # the data must not end
     train_set = open_dataset(config, training=True, batch_size=config.batch_size, seed=config.seed)
@@ -62,7 +63,7 @@ def measure(config: TrainConfig, processes: Processes, seconds: float = SECONDS)
     model.to(device).train()
     optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.learning_rates(config.batch_size)["lr"])
     run = torch.compile(model) if config.compile else model
-    to_device = ToDevice(data["mean"], data["std"], device)
+    to_device = ToDevice(data["mean"], data["std"], device, device_augmentation(config, data, device))
 
     def update(images, targets) -> int:
         images, targets = to_device(images, targets)
@@ -79,10 +80,14 @@ def measure(config: TrainConfig, processes: Processes, seconds: float = SECONDS)
     # What the loader processes had prepared before the clock started must not count.
     ahead = loader.num_workers * (loader.prefetch_factor or 0)
     figures = {"input": rate(lambda: len(next(batches)[1]), device, 1 + ahead, seconds)}
-    batch = [part.to(device) for part in to_device(*next(batches)[:2])]
+    images, targets = next(batches)[:2]
+    if isinstance(images, KeyedImages):  # what the device augments belongs to its side
+        batch = KeyedImages(*(part.to(device) for part in images)), targets.to(device)
+    else:
+        batch = to_device(images, targets)
     figures["model"] = rate(lambda: update(*batch), device, WARM_UP, seconds)
     figures["both"] = rate(lambda: update(*next(batches)[:2]), device, 1 + ahead, seconds)
-    return figures | {"workers": loader.num_workers}
+    return figures | {"workers": loader.num_workers, "host_augments": not (config.device_augment or config.in_memory)}
 
 
 def verdict(figures: dict[str, float]) -> str:
@@ -94,6 +99,8 @@ def verdict(figures: dict[str, float]) -> str:
             if workers
             else "loader processes (--workers) would run beside it"
         )
+        if figures["host_augments"]:
+            advice += ", and --device-augment would take work from them"
         return f"The input is the bottleneck: it gives {given:.0f} images/s, the model takes {taken:.0f}; {advice}."
     text = f"The model is the bottleneck: it takes {taken:.0f} images/s, the input gives {given:.0f}."
     if figures["both"] < 0.8 * taken:

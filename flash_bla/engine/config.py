@@ -113,7 +113,16 @@ class TrainConfig(CommonConfig):
     compile: bool = setting("model", False, "torch.compile the model", free=True)
 
     train_split: str = setting("data", "train", "name of the split to train on")
+    in_memory: bool = setting(
+        "data",
+        False,
+        "decode all images once and keep them on the device, where they are augmented: for small data sets of images "
+        "of one size, that of the model or smaller",
+    )
 
+    device_augment: bool = setting(
+        "augmentation", False, "augment on the device: loader processes decode and crop, and do no more"
+    )
     scale: list[float] = setting("augmentation", [0.08, 1.0], "random crop: range of its area")
     ratio: list[float] = setting("augmentation", [0.75, 4 / 3], "random crop: range of its aspect ratio")
     hflip: float = setting("augmentation", 0.5, "probability of a horizontal flip")
@@ -275,7 +284,7 @@ def read_recipe(recipe: str, above: Sequence[Path] = ()) -> dict[str, Any]:
     """The settings of a recipe, and below them those of the recipe that it names itself.
 
     Args:
-        recipe: Its name in the package (`deit`), or a YAML file.
+        recipe: Its name in the package (`deit`), or a YAML file, from where the recipe stands that names it.
         above: The files of the recipes that led to this one.
 
     Raises:
@@ -290,6 +299,8 @@ def read_recipe(recipe: str, above: Sequence[Path] = ()) -> dict[str, Any]:
     base = content.pop("recipe", None)
     check_entries({"recipe": base}, {"recipe": str | None}, str(path))
     settings = check_settings(TrainConfig, content, str(path))
+    if base and base.endswith((".yaml", ".yml")):
+        base = str(path.parent / base)
     return (read_recipe(base, chain) if base else {}) | settings
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchvision.transforms import InterpolationMode, v2
 
+from flash_bla.engine.augment import KeyedImages, KeyedTransform, image_keys
 from flash_bla.engine.config import CommonConfig, RunError, TrainConfig
 from flash_bla.engine.erasing import ErasedImages, ErasingTransform
 from flash_bla.engine.loaders import EvalStream, Item, Loader, StreamLoader, TrainStream, loader_options
@@ -327,21 +329,69 @@ class TrainOrder(Sampler):
                     yield [(epoch, *key) for key in zip(order[places].tolist(), copies.tolist(), strict=True)]
 
 
+class ImagesInMemory:
+    """The images of a data set on the device, and the batches of a run from there."""
+
+    num_workers, prefetch_factor = 0, None  # as a DataLoader tells them
+
+    def __init__(
+        self, config: TrainConfig, dataset: Any, data: dict[str, Any], order: TrainOrder, device: torch.device
+    ):
+        """Decodes all images.
+
+        Raises:
+            RunError: The data set is a stream, an image cannot be read, or their sizes do not fit.
+        """
+        if isinstance(dataset, IterableDataset):
+            raise RunError(f"in_memory: the data set {config.dataset!r} is a stream")
+        # As lists of arrays, because not all may have one size.
+        options = loader_options(config, device) | {"batch_size": config.batch_size, "collate_fn": list}
+        items = [item for items in Loader(EvalImages(dataset, np.asarray, data["mode"]), **options) for item in items]
+        if unreadable := [error for _, _, errors in items for error in errors]:
+            raise RunError(f"in_memory: {unreadable[0]}")
+        sizes = sorted({image.shape[:2] for image, _, _ in items})
+        if len(sizes) > 1 or any(side > limit for side, limit in zip(sizes[0], data["input_size"][1:], strict=True)):
+            limit = "{1} x {2}".format(*data["input_size"])
+            found = " and ".join(f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
+            raise RunError(f"in_memory: images of one size, {limit} or smaller, but there are some of {found}")
+        images = torch.from_numpy(np.stack([image for image, _, _ in items]))
+        self.images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous().to(device)
+        self.targets = torch.tensor([target for _, target, _ in items]).to(device)
+        self.order, self.seed = order, mixed_seed(config.seed)
+
+    def __iter__(self) -> Iterator[tuple[KeyedImages, torch.Tensor, list[str]]]:
+        for batch in self.order:
+            places = torch.tensor(batch)
+            keys, indices = torch.stack([image_keys(self.seed, places), places[:, 1]]).to(
+                self.images.device, non_blocking=True
+            )
+            yield KeyedImages(self.images[indices], keys), self.targets[indices], []
+
+
 def train_loader(
     config: TrainConfig, dataset: Any, data: dict[str, Any], order: TrainOrder, device: torch.device
-) -> DataLoader:
-    """Batches (images, classes, unreadable) of the run from `order.start` on.
+) -> Iterable[tuple[torch.Tensor | ErasedImages | KeyedImages, torch.Tensor, list[str]]]:
+    """Batches (images, classes, unreadable) of the run from `order.start` on, for `ToDevice`.
 
-    Images come as uint8 and are normalised on the device, where what random erasing took is filled in too.
+    Images come as uint8, and all that augments them on the device is left to it; so are the normalisation and the
+    writing of what random erasing took.
     """
-    transform = create_transform(
-        data["input_size"], is_training=True, mean=data["mean"], std=data["std"], interpolation=data["interpolation"],
-        scale=config.scale, ratio=config.ratio, hflip=config.hflip, vflip=config.vflip,
-        color_jitter=config.color_jitter, auto_augment=config.aa, use_prefetcher=True,
-    )  # fmt: skip
-    if config.reprob:
-        erasing = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device="cpu")
-        transform = ErasingTransform(transform, erasing)
+    if config.in_memory:
+        return ImagesInMemory(config, dataset, data, order, device)
+    if config.device_augment:
+        # On tensors, where resizing takes half the time that it takes Pillow.
+        kind = InterpolationMode(data["interpolation"])
+        crop = v2.RandomResizedCrop(data["input_size"][1:], config.scale, config.ratio, kind)
+        transform = KeyedTransform(v2.Compose([v2.PILToTensor(), crop]))
+    else:
+        transform = create_transform(
+            data["input_size"], is_training=True, mean=data["mean"], std=data["std"],
+            interpolation=data["interpolation"], scale=config.scale, ratio=config.ratio, hflip=config.hflip,
+            vflip=config.vflip, color_jitter=config.color_jitter, auto_augment=config.aa, use_prefetcher=True,
+        )  # fmt: skip
+        if config.reprob:
+            erasing = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device="cpu")
+            transform = ErasingTransform(transform, erasing)
     options = loader_options(config, device)
     if isinstance(dataset, IterableDataset):
         return StreamLoader(TrainStream(dataset, transform, data["mode"], order), **options)
@@ -363,16 +413,27 @@ def eval_loader(config: CommonConfig, dataset: Any, data: dict[str, Any], proces
 
 
 class ToDevice:
-    """Moves a batch to the device and normalises it there, without waiting for the device."""
+    """Moves a batch to the device, and augments and normalises it there, without waiting for the device."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
-        self.device = device
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        augment: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ):
+        self.device, self.augment = device, augment
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1) * 255
         self.std = torch.tensor(std, device=device).view(-1, 1, 1) * 255
 
-    def __call__(self, batch: torch.Tensor | ErasedImages, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images = (batch.images if isinstance(batch, ErasedImages) else batch).to(self.device, non_blocking=True)
+    def __call__(
+        self, batch: torch.Tensor | ErasedImages | KeyedImages, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        images = batch if isinstance(batch, torch.Tensor) else batch.images
+        images = images.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
+        if isinstance(batch, KeyedImages):
+            return self.augment(images, batch.keys.to(self.device, non_blocking=True)), targets
         if images.dtype == torch.uint8:
             images = images.float().sub_(self.mean).div_(self.std)
         if isinstance(batch, ErasedImages):

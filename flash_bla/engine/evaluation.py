@@ -13,7 +13,7 @@ from torch import nn
 
 from flash_bla.engine.config import RunError
 from flash_bla.engine.data import ToDevice
-from flash_bla.engine.processes import Processes
+from flash_bla.engine.processes import Processes, StopRequest
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CALIBRATION_BINS = 15
@@ -94,7 +94,8 @@ def evaluate(
     precision: str,
     classes: Sequence[int] | None = None,
     labels: torch.Tensor | None = None,
-) -> dict[str, Any]:
+    stop: StopRequest | None = None,
+) -> dict[str, Any] | None:
     """Accuracies, loss and calibration over a data set that the processes share out, every image counted once.
 
     Args:
@@ -106,11 +107,13 @@ def evaluate(
         classes: The model's classes to choose among, in the order of the data's; None: all of them.
         labels: (targets, L) the classes that are right for a target, filled up with the number of classes. None: the
             target is the one.
+        stop: A wish to stop, which ends the evaluation of the process that received it.
 
     Returns:
         `top1` and `top5` in per cent (top-5 is top-k where there are k < 5 classes), `loss`, `ece` (the expected
         calibration error, in per cent, see `Scores`), `images`, `classes` (for each class its images and the right
-        ones of them; an image with several classes counts for each) and `images_per_second`.
+        ones of them; an image with several classes counts for each) and `images_per_second`. None if a process was
+        asked to stop and has not seen all of its share.
 
     Raises:
         RunError: An image cannot be read.
@@ -120,9 +123,10 @@ def evaluate(
     classes = None if classes is None else torch.tensor(classes, device=processes.device)
     labels = None if labels is None else labels.to(processes.device)
     start = time.perf_counter()
-    unreadable: list[str] = []
+    unreadable, stopped = [], False
     for images, targets, unreadable in loader:
-        if unreadable:
+        stopped = stop is not None and stop.received
+        if unreadable or stopped:
             break
         images, targets = to_device(images, targets)
         with autocast(processes.device, precision):
@@ -130,9 +134,12 @@ def evaluate(
         scores.update(
             logits if classes is None else logits[:, classes], targets[:, None] if labels is None else labels[targets]
         )
-    failures = sum(processes.gather(unreadable), [])
-    if failures:  # on all processes, whosever share it is in: they can save and end together
+    # All processes hear of it, whosever share it was: they can save and end together.
+    unreadable, stopped = zip(*processes.gather((unreadable, stopped)), strict=True)
+    if failures := sum(unreadable, []):
         raise RunError(f"evaluation: {failures[0]}")
+    if any(stopped):
+        return None
     figures = scores.figures(processes)
     return figures | {"images_per_second": figures["images"] / (time.perf_counter() - start)}
 

@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from flash_bla.engine.augment import KeyedImages
 from flash_bla.engine.config import CommonConfig, RunError
 from flash_bla.engine.erasing import ErasedImages, collate_erased
 from flash_bla.engine.processes import Processes, mixed_seed, seed_host
@@ -23,7 +24,7 @@ from flash_bla.engine.processes import Processes, mixed_seed, seed_host
 PREFETCHED_BATCHES = 4  # by each loader process
 
 # Image, class, and what could not be read on the way to it.
-Item = tuple[torch.Tensor | ErasedImages, int, list[str]]
+Item = tuple[torch.Tensor | ErasedImages | KeyedImages, int, list[str]]
 
 
 class Loader(DataLoader):
@@ -59,9 +60,14 @@ def loader_options(config: CommonConfig, device: torch.device) -> dict[str, Any]
     return options | ({"prefetch_factor": PREFETCHED_BATCHES, "timeout": config.loader_timeout} if workers else {})
 
 
-def _collate(items: list[Item]) -> tuple[torch.Tensor | ErasedImages, torch.Tensor, list[str]]:
+def _collate(items: list[Item]) -> tuple[torch.Tensor | ErasedImages | KeyedImages, torch.Tensor, list[str]]:
     images, targets, unreadable = zip(*items, strict=True)
-    images = collate_erased(images) if isinstance(images[0], ErasedImages) else torch.stack(images)
+    if isinstance(images[0], ErasedImages):
+        images = collate_erased(images)
+    elif isinstance(images[0], KeyedImages):
+        images = KeyedImages(*map(torch.stack, zip(*images, strict=True)))
+    else:
+        images = torch.stack(images)
     return images, torch.tensor(targets), sum(unreadable, [])
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from timm.layers import calculate_drop_path_rates
+import torch.nn.functional as F
+from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
@@ -17,6 +19,57 @@ from flash_bla.models.block import Block
 from flash_bla.models.registry import Family
 
 __all__ = ["VisionTransformer"]
+
+
+class ConvStem(PatchEmbed):
+    """Patch embedding by overlapping convolutions: 3 x 3 of stride 2, each with batch norm and ReLU, then 1 x 1.
+
+    Each but the last has half the channels of the one after it. ``(B, C, H, W)`` to ``(B, H/P, W/P, embed_dim)`` for
+    patches of ``P`` = 2, 4, 8, ...; sides that are no multiple of P are padded.
+
+    Reference:
+        Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int],
+        patch_size: int | tuple[int, int],
+        in_chans: int,
+        embed_dim: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        **kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
+        height, width = self.patch_size
+        depth = height.bit_length() - 1
+        if height != width or height != 2**depth or not depth or embed_dim % 2 ** (depth - 1):
+            raise ValueError(
+                f"conv_stem halves the sides of an image to patches of 2, 4, 8, ..., and halves embed_dim once less; "
+                f"got patch_size={patch_size} and embed_dim={embed_dim}"
+            )
+        widths = [embed_dim >> (depth - 1 - i) for i in range(depth)]
+        self.proj = nn.Conv2d(in_chans, widths[0], 3, 2, 1, bias=False, **dd)
+        layers = [nn.BatchNorm2d(widths[0], **dd), nn.ReLU()]
+        for width, next_width in pairwise(widths):
+            layers += [nn.Conv2d(width, next_width, 3, 2, 1, bias=False, **dd)]
+            layers += [nn.BatchNorm2d(next_width, **dd), nn.ReLU()]
+        self.convs = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1, bias=bias, **dd))
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Changes the input size; the convolutions fix the patch size."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            raise ValueError(f"the patch_size of a conv_stem stays {self.patch_size}, got {patch_size}")
+        super().set_input_size(img_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to a map of patches, channels last."""
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % self.patch_size[1], 0, -height % self.patch_size[0]))
+        return self.convs(self.proj(x)).permute(0, 2, 3, 1)
 
 
 class VisionTransformer(TimmVisionTransformer):
@@ -32,6 +85,7 @@ class VisionTransformer(TimmVisionTransformer):
         num_classes: Classes of the head, 0 for none.
         global_pool: How the head pools the tokens: their mean, or ``"token"`` for the class token, and timm's others.
         embed_dim: Channels.
+        conv_stem: Embeds the patches by overlapping convolutions (see ``ConvStem``); ``patch_size`` is a power of 2.
         depth: Number of blocks.
         num_heads: Attention heads.
         attention: Name of the attention (see ``flash_bla.layers.create_attention``), or a list of ``depth`` names.
@@ -51,7 +105,8 @@ class VisionTransformer(TimmVisionTransformer):
 
     Raises:
         ValueError: An unknown attention, a list of them that is not ``depth`` long, an option of none of them, heads
-            that do not divide the channels, or pooling of a class token that is not there.
+            that do not divide the channels, pooling of a class token that is not there, or a patch that convolutions
+            of stride 2 do not lead to.
 
     Reference:
         Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; Touvron et al., "Training data-efficient image
@@ -66,6 +121,7 @@ class VisionTransformer(TimmVisionTransformer):
         num_classes: int = 1000,
         global_pool: Literal["", "avg", "avgmax", "max", "token", "map", "prr"] = "avg",
         embed_dim: int = 768,
+        conv_stem: bool = False,
         depth: int = 12,
         num_heads: int = 12,
         attention: str | Sequence[str] = "linear",
@@ -95,6 +151,7 @@ class VisionTransformer(TimmVisionTransformer):
             num_classes=num_classes,
             global_pool=global_pool,
             embed_dim=embed_dim,
+            embed_layer=ConvStem if conv_stem else PatchEmbed,
             depth=0,  # the blocks are this class's own
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,

@@ -10,21 +10,30 @@ from flash_bla.engine import bottleneck, data
 from flash_bla.engine.config import parse_train
 
 
-@pytest.mark.parametrize("slow", ["input", "model"])
-def test_the_slow_part_is_named(slow, model_yaml, one_process, monkeypatch):
-    if slow == "input":
+@pytest.mark.parametrize(
+    ("slow", "where"), [("input", ()), ("model", ()), ("model", ("--device-augment",)), ("input", ("--in-memory",))]
+)
+def test_the_slow_part_is_named(slow, where, model_yaml, one_process, monkeypatch):
+    if slow == "input" and where:
+        keys = data.image_keys
+        monkeypatch.setattr(data, "image_keys", lambda *args: time.sleep(0.4) or keys(*args))
+    elif slow == "input":
         read = data.read_image
         monkeypatch.setattr(data, "read_image", lambda *args: time.sleep(0.02) or read(*args))
     else:
         loss = bottleneck.F.cross_entropy
         monkeypatch.setattr(bottleneck.F, "cross_entropy", lambda *args: time.sleep(0.2) or loss(*args))
-    config = parse_train(["--config", str(model_yaml), "--batch-size", "20", "--aa", "rand-m5", "--reprob", "0.3"])
-    figures = bottleneck.measure(config, one_process, seconds=0.5)
-    assert bottleneck.verdict(figures).startswith(f"The {slow} is the bottleneck")
+    flags = ["--batch-size", "20", "--aa", "rand-m5-inc1", "--reprob", "0.3", *where]
+    figures = bottleneck.measure(parse_train(["--config", str(model_yaml), *flags]), one_process, seconds=0.5)
+    said = bottleneck.verdict(figures)
+    assert said.startswith(f"The {slow} is the bottleneck")
+    assert ("--device-augment would" in said) == (slow == "input" and not where)
 
 
 def test_the_verdict_says_what_helps():
-    say = bottleneck.verdict
+    def say(figures):
+        return bottleneck.verdict(figures | {"host_augments": False})
+
     assert say({"input": 250, "model": 1000, "both": 240, "workers": 2}) == (
         "The input is the bottleneck: it gives 250 images/s, the model takes 1000; about 8 loader processes "
         "(--workers, now 2) would keep up."

@@ -68,9 +68,9 @@ def pixels(batches) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-@pytest.mark.parametrize("accum", [1, 3])
-def test_a_stream_is_the_same_again_and_taken_up_anywhere(workers, accum):
-    config = settings(workers=workers, grad_accum=accum, reprob=0.5)
+@pytest.mark.parametrize(("accum", "on_device"), [(1, False), (3, False), (3, True)])
+def test_a_stream_is_the_same_again_and_taken_up_anywhere(workers, accum, on_device):
+    config = settings(workers=workers, grad_accum=accum, reprob=0.5, device_augment=on_device)
     whole = stream(config, IterableImageDataset("", reader=Reader()))
     assert len(whole) == 3 * 12
     for start in ((0, 1), (1, 0), (1, 3), (2, 2)):

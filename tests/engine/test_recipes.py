@@ -87,7 +87,7 @@ def test_every_recipe_can_be_read():
 def test_a_recipe_builds_on_another(tmp_path: Path):
     base, middle, top = (tmp_path / f"{name}.yaml" for name in ("base", "middle", "top"))
     base.write_text("recipe: deit\nlr: 1.0e-3\nepochs: 90\nmixup: 0\n")
-    middle.write_text(f"recipe: {base}\nepochs: 60\n")
+    middle.write_text("recipe: base.yaml\nepochs: 60\n")  # beside it
     top.write_text(f"recipe: {middle}\nmixup: 0.2\n")
     config = parse_train(["--model", "resnet18", "--recipe", str(top)])
     assert (config.repeated_aug, config.lr, config.epochs, config.mixup) == (3, 1e-3, 60, 0.2)

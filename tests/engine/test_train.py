@@ -17,6 +17,7 @@ import eval as eval_script
 import train as train_script
 from flash_bla.engine import checkpoint as checkpoint_module
 from flash_bla.engine.config import RunError
+from flash_bla.engine.evaluation import Scores
 from flash_bla.engine.processes import StopRequest
 
 
@@ -71,6 +72,25 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(train, load, on_loss, sto
     assert train("stopped", *flags, "--workers", "2") == 0
     assert_same_run(load("whole"), load("stopped"))
     assert_same_run(load("whole", "best"), load("stopped", "best"))
+
+
+def test_sigterm_ends_an_evaluation(train, load, monkeypatch):
+    assert train("whole") == 0
+    update, batches = Scores.update, []
+
+    def interrupted(scores, *batch):
+        batches.append(len(batch[0]))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(scores, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scores, "update", interrupted)
+        assert train("stopped") == 75
+    assert batches == [240]  # of 360
+    stopped = load("stopped")
+    assert (stopped["epoch"], stopped["update"], stopped["history"]) == (0, UPDATES, [])
+    assert train("stopped") == 0
+    assert_same_run(load("whole"), load("stopped"))
 
 
 def test_signals(one_process):

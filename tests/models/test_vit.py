@@ -300,6 +300,36 @@ def test_copies_are_independent():
     assert clone.pos_embed.shape[1] == 36 and model.pos_embed.shape[1] == 16
 
 
+def test_a_convolutional_stem_is_the_one_of_its_paper():
+    """Three convolutions of stride 2 for patches of 8, with batch norm and ReLU, and one of 1 x 1."""
+    model = create("pola_vit_tiny", conv_stem=True)
+    stem = model.patch_embed
+    shapes = {key: tuple(value.shape) for key, value in stem.named_parameters() if value.ndim == 4}
+    assert list(shapes.values()) == [(12, 3, 3, 3), (24, 12, 3, 3), (48, 24, 3, 3), (48, 48, 1, 1)]
+    x = images(32, 32)
+    y = x
+    for conv, norm in ((stem.proj, stem.convs[0]), (stem.convs[2], stem.convs[3]), (stem.convs[5], stem.convs[6])):
+        y = torch.conv2d(y, conv.weight, stride=2, padding=1)
+        mean, scale = norm.running_mean, norm.weight / (norm.running_var + norm.eps).sqrt()
+        y = ((y - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
+    expected = torch.einsum("bchw,dc->bhwd", y, stem.convs[8].weight[:, :, 0, 0]) + stem.convs[8].bias
+    torch.testing.assert_close(stem(x), expected, atol=1e-5, rtol=1e-4)
+
+    padded = torch.zeros(2, 3, 48, 40)
+    padded[:, :, :41, :38] = images(41, 38)
+    torch.testing.assert_close(model(padded[:, :, :41, :38]), model(padded))
+    model.set_input_size(64)
+    assert stem.grid_size == (8, 8) and model(images(64, 64)).shape == (2, 5)
+    assert f"{model.pretrained_cfg['first_conv']}.weight" in model.state_dict()
+    groups = group_parameters(model, model.group_matcher(coarse=False))
+    assert {key for group in groups.values() for key in group} == {key for key, _ in model.named_parameters()}
+    with pytest.raises(ValueError, match="patch_size of a conv_stem stays"):
+        model.set_input_size(patch_size=4)
+    for kwargs in ({"patch_size": 6}, {"patch_size": 1}, {"patch_size": (4, 8)}, {"embed_dim": 50, "num_heads": 2}):
+        with pytest.raises(ValueError, match="conv_stem halves"):
+            create("pola_vit_tiny", conv_stem=True, **kwargs)
+
+
 def test_direct_construction():
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, attention="mlla")
     assert model(images(32, 32)).shape == (2, 1000)
