@@ -15,7 +15,7 @@ from flash_bla.ops.arguments import (
     expect,
     without_autocast,
 )
-from flash_bla.ops.triton_depthwise_conv import depthwise_conv_forward
+from flash_bla.ops.triton_depthwise_conv import depthwise_conv as depthwise_conv_triton
 
 ACTIVATIONS = {None: lambda z: z, "silu": F.silu, "gelu": F.gelu}
 KERNEL_SIZES = (3, 5, 7)
@@ -82,7 +82,7 @@ def depthwise_conv(
     out_shape = (B, N if stride == 1 else -(-H // 2) * -(-W // 2), C)
     for name, tensor in others.items():
         expect(name, tensor, out_shape, "that of the output")
-    function = depthwise_conv_forward if choose_backend(backend, x) == "triton" else depthwise_conv_reference
+    function = depthwise_conv_triton if choose_backend(backend, x) == "triton" else depthwise_conv_reference
     return function(x, weight, bias, others.get("add"), others.get("gate"), H, W, stride, residual, activation)
 
 

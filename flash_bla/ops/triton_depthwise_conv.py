@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from flash_bla.ops.triton_support import call, cdiv, jit, multiprocessors, tl
+from flash_bla.ops.triton_support import call, cdiv, is_eager, jit, multiprocessors, tl
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
@@ -111,10 +112,10 @@ def _widen(values):
 
 
 @jit
-def _load_taps(filters_ptr, filters, f, exists, K: tl.constexpr, RESIDUAL: tl.constexpr, STRIPS: tl.constexpr):
+def _load_taps(filters_ptr, f, exists, K: tl.constexpr, RESIDUAL: tl.constexpr, STRIPS: tl.constexpr):
     taps = ()
     for tap in tl.static_range(K * K):
-        weight = tl.load(filters_ptr + tap * filters + f, mask=exists, other=0.0)
+        weight = tl.load(filters_ptr + f * (K * K) + tap, mask=exists, other=0.0).to(tl.float32)
         if RESIDUAL and tap == K * K // 2:
             weight += 1.0
         taps += _fill(weight, 1, STRIPS)
@@ -246,10 +247,10 @@ def forward_kernel(
     WIDTH: tl.constexpr = (COLUMNS - 1) * STRIDE + K
     UNDER_WAY: tl.constexpr = (K - 1) // STRIDE  # rows of the target besides the one that a step completes
     c, exists, f, program = _channels(channels, filters, BLOCK_C)
-    taps = _load_taps(filters_ptr, filters, f, exists, K, RESIDUAL, STRIPS)
+    taps = _load_taps(filters_ptr, f, exists, K, RESIDUAL, STRIPS)
     bias = tl.zeros((BLOCK_C,), tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + f, mask=exists, other=0.0)
+        bias = tl.load(bias_ptr + f, mask=exists, other=0.0).to(tl.float32)
     start = _fill(bias, COLUMNS, STRIPS)
     segments = tl.cdiv(out_height, depth)
     strips = _strips(program // segments, images, out_width, c, exists, COLUMNS, STRIPS)
@@ -324,7 +325,7 @@ def gradient_kernel(
     zero = tl.zeros((BLOCK_C,), tl.float32)
     taps, d_taps = (), ()
     if dx_ptr is not None:
-        taps = _load_taps(filters_ptr, filters, f, exists, K, RESIDUAL, STRIPS)
+        taps = _load_taps(filters_ptr, f, exists, K, RESIDUAL, STRIPS)
     if partial_ptr is not None:
         d_taps = _fill(zero, K * K + 1, STRIPS)
     segments = tl.cdiv(out_height, depth)
@@ -434,7 +435,7 @@ class _Image(NamedTuple):
     tokens: slice
     height: int
     width: int
-    filters: Tensor  # (K², number of filters)
+    filters: Tensor  # (number of filters, K²)
     bias: Tensor | None
 
     def blocks(self, tokens: Tensor, height: int, width: int) -> _Blocks:
@@ -443,14 +444,14 @@ class _Image(NamedTuple):
 
     @property
     def kernel_size(self) -> int:
-        return math.isqrt(self.filters.shape[0])
+        return math.isqrt(self.filters.shape[1])
 
     def launch(self, kernel, blocks: _Blocks, source: tuple, target: tuple, tensors: dict, **options) -> None:
         """Runs a kernel over the tokens of ``tensors``, from a source to a target of these heights and widths."""
         first = next(x for x in tensors.values() if x is not None)
         arguments = dict(
             filters_ptr=self.filters, bias_ptr=self.bias, images=first.shape[0], height=source[0], width=source[1],
-            out_height=target[0], out_width=target[1], channels=first.shape[2], filters=self.filters.shape[1],
+            out_height=target[0], out_width=target[1], channels=first.shape[2], filters=self.filters.shape[0],
             depth=blocks.depth, K=self.kernel_size, COLUMNS=blocks.columns, STRIPS=blocks.strips,
             BLOCK_C=blocks.block_c, AHEAD=blocks.ahead, **options,
         )  # fmt: skip
@@ -465,12 +466,11 @@ class _Image(NamedTuple):
 def _images(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> list[_Image]:
     """The tokens on the grid; and the prefix tokens, a row of an image whose only tap is zero."""
     prefix = x.shape[1] - height * width
-    # tap by tap, so that neighbouring channels are read together
-    filters = weight.flatten(1).t().float().contiguous()
-    bias = None if bias is None else bias.float().contiguous()
+    filters = weight.flatten(1).contiguous()
+    bias = None if bias is None else bias.contiguous()
     images = [_Image(slice(prefix, None), height, width, filters, bias)]
     if prefix:
-        images.append(_Image(slice(prefix), 1, prefix, torch.zeros_like(filters[:1]), None))
+        images.append(_Image(slice(prefix), 1, prefix, torch.zeros_like(filters[:, :1], memory_format=torch.contiguous_format), None))
     return images
 
 
@@ -486,8 +486,7 @@ def _output_size(height: int, width: int, stride: int) -> tuple[int, int]:
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("flash_bla::depthwise_conv_forward", mutates_args=())
-def depthwise_conv_forward(
+def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
     height: int, width: int, stride: int, residual: bool, activation: str | None,
 ) -> Tensor:  # fmt: skip
@@ -503,6 +502,9 @@ def depthwise_conv_forward(
     return y
 
 
+depthwise_conv_forward = torch.library.custom_op("flash_bla::depthwise_conv_forward", _forward, mutates_args=())
+
+
 @depthwise_conv_forward.register_fake
 def _(x, weight, bias, add, gate, height, width, stride, residual, activation):
     return _empty_output(x, height, width, stride)
@@ -514,8 +516,7 @@ def _empty_output(x: Tensor, height: int, width: int, stride: int) -> Tensor:
     return x.new_empty((B, N - height * width + out_height * out_width, C))
 
 
-@torch.library.custom_op("flash_bla::depthwise_conv_backward", mutates_args=())
-def depthwise_conv_backward(
+def _backward(
     dy: Tensor, needed: list[bool],
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
     height: int, width: int, stride: int, residual: bool, activation: str | None,
@@ -558,6 +559,9 @@ def depthwise_conv_backward(
     return gradients
 
 
+depthwise_conv_backward = torch.library.custom_op("flash_bla::depthwise_conv_backward", _backward, mutates_args=())
+
+
 def _reduce(partial: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, weight: Tensor) -> None:
     programs, _, channels = partial.shape
     filters, taps = weight.flatten(1).shape
@@ -588,16 +592,36 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, add if gate is not None else None, gate)
 
 
-def _backward(ctx, dy):
+def _differentiate(ctx, dy, backward=depthwise_conv_backward):
     needed = ctx.needs_input_grad[:5]
-    gradients = depthwise_conv_backward(dy, list(needed), *ctx.saved_tensors, *ctx.options)
+    gradients = backward(dy, list(needed), *ctx.saved_tensors, *ctx.options)
     dx, d_weight, d_bias, d_add, d_gate = (g if need else None for g, need in zip(gradients, needed, strict=True))
     if ctx.saved_tensors[4] is None and needed[3]:
         d_add = dy
     return dx, d_weight, d_bias, d_add, d_gate, *[None] * len(ctx.options)
 
 
-depthwise_conv_forward.register_autograd(_backward, setup_context=_setup_context)
+depthwise_conv_forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operators' work without their dispatcher, which takes longer than small maps' kernels."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        y = _forward(*inputs)
+        _setup_context(ctx, inputs, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return _differentiate(ctx, dy, backward=_backward)
+
+
+def depthwise_conv(x: Tensor, *arguments) -> Tensor:
+    """The operator on checked arguments, those of ``depthwise_conv_reference``."""
+    return (_Eager.apply if is_eager(x) else depthwise_conv_forward)(x, *arguments)
 
 
 @register_flop_formula(torch.ops.flash_bla.depthwise_conv_forward)

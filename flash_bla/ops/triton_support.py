@@ -98,6 +98,14 @@ def call(
         _COMPILED[key] = kernel[grid](*values, **options)
 
 
+def is_eager(x: Tensor) -> bool:
+    """Whether nothing looks on that must see operators: tracing, a dispatch mode, a transform, a subclass of Tensor."""
+    return not (
+        torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )  # fmt: skip
+
+
 def precision(dtype: torch.dtype, hip: bool = torch.version.hip is not None) -> dict:
     """The type of the operands of matrix products that float16 would overflow in, and how float32 is multiplied."""
     if dtype == torch.bfloat16 and not INTERPRETING:  # the interpreter cannot multiply bfloat16
