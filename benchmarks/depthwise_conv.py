@@ -47,7 +47,8 @@ class Shape(NamedTuple):
     @property
     def name(self) -> str:
         heads = f"x{self.channels // self.filters}" if self.filters < self.channels else ""
-        return f"{self.kernel_size}x{self.kernel_size}{'s2' if self.stride == 2 else ''}_c{self.filters}{heads}_{self.side}"
+        stride = "s2" if self.stride == 2 else ""
+        return f"{self.kernel_size}x{self.kernel_size}{stride}_c{self.filters}{heads}_{self.side}"
 
     @property
     def out_side(self) -> int:
@@ -194,7 +195,8 @@ def table(rows: list[dict[str, str]]) -> str:
             continue
         others = [(float(row["time_us"]), name) for name, row in by_backend.items() if name != "triton"]
         best = "{:.0f} ({})".format(*min(others)) if others else "–"
-        body.append([shape, which, f"{float(mine['time_us']):.0f}", f"{float(mine['percent_of_roofline']):.0f} %", best])
+        share = f"{float(mine['percent_of_roofline']):.0f} %"
+        body.append([shape, which, f"{float(mine['time_us']):.0f}", share, best])
     text = "Time in µs. The name of a shape is filters, stride, channels and the side of the map."
     header = ["shape", "pass", "Triton", "of the roofline", "best of PyTorch"]
     return "\n".join(["# Depthwise convolution\n", measured_on(rows) + "\n", text + "\n", markdown(header, body)])

@@ -12,6 +12,7 @@ from flash_bla.layers.focused import FocusedLinearAttention
 from flash_bla.layers.generalized_linear import GeneralizedLinearAttention
 from flash_bla.layers.linear import LinearAttention
 from flash_bla.layers.mamba_like import MambaLikeLinearAttention
+from flash_bla.layers.norm import LayerNorm
 from flash_bla.layers.pola import PolaLinearAttention
 from flash_bla.layers.position import KeyPositionalEncoding, resample_encoding, resample_entry
 from flash_bla.layers.rank_augmented import GatedSoftmaxAttention, RankAugmentedLinearAttention
@@ -26,6 +27,7 @@ __all__ = [
     "GatedSoftmaxAttention",
     "GeneralizedLinearAttention",
     "KeyPositionalEncoding",
+    "LayerNorm",
     "LinearAttention",
     "MambaLikeLinearAttention",
     "PolaLinearAttention",

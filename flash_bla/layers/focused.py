@@ -77,8 +77,8 @@ class FocusedLinearAttention(KeyPositionalEncoding):
             *(split_heads(y, self.num_heads) for y in (q, k, v)),
             feature_map=focusing_power(scale, self.focusing_factor),
         )
-        return self.proj_drop(self.proj(merge_heads(x) + self.local_branch(v, grid)))
+        return self.proj_drop(self.proj(self.add_local_branch(merge_heads(x), v, grid)))
 
-    def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What is added to the attention's output, before the projection."""
-        return self.dwc(v, grid)
+    def add_local_branch(self, x: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What goes to the projection, from the attention's output x."""
+        return self.dwc(v, grid, add=x)

@@ -54,4 +54,4 @@ class MambaLikeLinearAttention(nn.Module):
             feature_map="elu1",
             rope=axial_rope(x, grid, x.shape[2], self.num_heads),
         )
-        return merge_heads(o) + self.lepe(x, grid)
+        return self.lepe(x, grid, add=merge_heads(o))

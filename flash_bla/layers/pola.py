@@ -82,5 +82,4 @@ class PolaLinearAttention(KeyPositionalEncoding):
         q, k = q / scale, self.encode_position(k, grid) / scale
         power = 1 + self.alpha * at_least_float32(self.power).sigmoid()[0, :, 0]
         x = linear_attention(*(split_heads(y, self.num_heads) for y in (q, k, v)), feature_map=signed_power(power))
-        x = (merge_heads(x) + self.dwc(v, grid)) * gate
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(self.dwc(v, grid, add=merge_heads(x), gate=gate)))

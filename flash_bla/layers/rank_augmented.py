@@ -66,8 +66,7 @@ class RankAugmentedLinearAttention(nn.Module):
         q, k, v, gate = self.qkvo(x).chunk(4, dim=-1)
         rope = axial_rope(x, grid, self.head_dim, endpoint=True)
         o = self.attend(*(split_heads(y, self.num_heads) for y in (q, k, v)), rope)
-        x = (merge_heads(o) + self.lepe(v, grid)) * gate
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(self.lepe(v, grid, add=merge_heads(o), gate=gate)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The attention itself, without its surroundings: q, k and v ``(B, H, N, D)`` to ``(B, H, N, D)``."""

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, FocusedLinearAttention, register_attention
+from flash_bla.layers import DepthwiseConv, FocusedLinearAttention, LayerNorm, register_attention
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import (
     ConvEmbed,
@@ -70,9 +69,9 @@ class FocusedLePE(FocusedLinearAttention):
         )
         self.get_v = DepthwiseConv(dim, 3, device=device, dtype=dtype)
 
-    def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What is added to the attention's output, before the projection."""
-        return super().local_branch(v, grid) + self.get_v(v, grid)
+    def add_local_branch(self, x: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What goes to the projection, from the attention's output x."""
+        return self.get_v(v, grid, add=super().add_local_branch(x, v, grid))
 
 
 class CSwinTransformer(HierarchicalBackbone):

@@ -13,7 +13,6 @@ from typing import Any
 import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
-    LayerNorm,
     calculate_drop_path_rates,
     register_notrace_function,
     to_2tuple,
@@ -23,7 +22,7 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from flash_bla.layers import check_attention_args
+from flash_bla.layers import LayerNorm, check_attention_args
 from flash_bla.tracing import is_exporting
 
 STRIDE = 4  # of the first stage; each further stage halves the grid

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv
+from flash_bla.layers import DepthwiseConv, LayerNorm
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
@@ -129,12 +128,12 @@ class MambaLikeBlock(Block):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
-        x = x + self.cpe1(x, grid)
+        x = self.cpe1(x, grid, residual=True)
         y = self.norm1(x)
         gate = F.silu(self.act_proj(y))
-        y = self.attn(F.silu(self.dwc(self.in_proj(y), grid)), grid)
+        y = self.attn(self.dwc(self.in_proj(y), grid, activation="silu"), grid)
         x = x + self.drop_path1(self.out_proj(y * gate))
-        x = x + self.cpe2(x, grid)
+        x = self.cpe2(x, grid, residual=True)
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 

@@ -59,7 +59,8 @@ class PatchEmbed(ConvEmbed):
         """``(B, H, W, C)`` to ``(B, H/patch, W/patch, dim)``."""
         x = super().forward(x)
         grid = x.shape[1], x.shape[2]
-        return self.pos_drop(x + resample_encoding(self.pos_embed, grid, self.grid_size).unflatten(1, grid))
+        pos_embed = resample_encoding(self.pos_embed, grid, self.grid_size).unflatten(1, grid)
+        return self.pos_drop(x + pos_embed.to(x.dtype))
 
 
 def _resample_on_load(module: PatchEmbed, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv
+from flash_bla.layers import DepthwiseConv, LayerNorm
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import (
     ConvEmbed,
@@ -37,13 +36,12 @@ class ConvMlp(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
         self.dwconv = DepthwiseConv(hidden_dim, 3, **dd)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
-        x = self.drop(self.act(self.dwconv(self.fc1(x), grid)))
+        x = self.drop(self.dwconv(self.fc1(x), grid, activation="gelu"))
         return self.drop(self.fc2(x))
 
 

@@ -63,7 +63,7 @@ class ConvFeedForward(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
         x = self.drop(self.act(self.fc1(x)))
-        return self.drop(self.fc2(x + self.dwconv(x, grid)))
+        return self.drop(self.fc2(self.dwconv(x, grid, residual=True)))
 
 
 class RavltBlock(Block):
@@ -82,7 +82,7 @@ class RavltBlock(Block):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
-        x = x + self.pos(x, grid)
+        x = self.pos(x, grid, residual=True)
         x = x + self.drop_path1(self.gamma_1 * self.attn(self.norm1(x), grid))
         return x + self.drop_path2(self.gamma_2 * self.mlp(self.norm2(x), grid))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import LayerNorm, to_2tuple
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from flash_bla.layers import LayerNorm
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import (
     ConvEmbed,

@@ -470,7 +470,7 @@ def _images(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: 
     bias = None if bias is None else bias.contiguous()
     images = [_Image(slice(prefix, None), height, width, filters, bias)]
     if prefix:
-        images.append(_Image(slice(prefix), 1, prefix, torch.zeros_like(filters[:, :1], memory_format=torch.contiguous_format), None))
+        images.append(_Image(slice(prefix), 1, prefix, filters.new_zeros((filters.shape[0], 1)), None))
     return images
 
 
