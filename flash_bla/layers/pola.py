@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.position import KeyPositionalEncoding
-from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
+from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, scale_outputs, split_heads
 from flash_bla.ops import linear_attention, signed_power
 
 
@@ -78,8 +78,19 @@ class PolaLinearAttention(KeyPositionalEncoding):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
         q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)
-        scale = F.softplus(self.scale).to(q.dtype)
-        q, k = q / scale, self.encode_position(k, grid) / scale
+        # Powers of products are products of powers: the queries' scale can be the keys', too.
+        k = self.encode_position(k, grid, None if self.scale is None else self._key_factor())
         power = 1 + self.alpha * at_least_float32(self.power).sigmoid()[0, :, 0]
         x = linear_attention(*(split_heads(y, self.num_heads) for y in (q, k, v)), feature_map=signed_power(power))
         return self.proj_drop(self.proj(self.dwc(v, grid, add=merge_heads(x), gate=gate)))
+
+    def fuse(self) -> None:
+        """Folds the scale into the keys' projection and encoding, for ``fuse_for_inference``."""
+        if type(self.qkvg) is nn.Linear:
+            factor = self._key_factor()
+            scale_outputs(self.qkvg, F.pad(factor.flatten(), (factor.numel(), 2 * factor.numel()), value=1.0))
+            self.positional_encoding.mul_(factor)
+            self.scale = None
+
+    def _key_factor(self) -> Tensor:
+        return F.softplus(at_least_float32(self.scale)) ** -2

@@ -91,10 +91,15 @@ class KeyPositionalEncoding(nn.Module):
         self.positional_encoding = nn.Parameter(torch.empty(1, num_tokens, dim, device=device, dtype=dtype))
         self.register_load_state_dict_pre_hook(_resample_on_load)
 
-    def encode_position(self, k: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Adds the encoding to keys ``(B, N, C)``."""
+    def encode_position(self, k: Tensor, grid: tuple[int, int], factor: Tensor | None = None) -> Tensor:
+        """Adds the encoding to keys ``(B, N, C)``, and multiplies the sum by a factor for each channel."""
         encoding = resample_encoding(self.positional_encoding, grid, self.grid_size)
-        return k + F.pad(encoding, (0, 0, count_prefix_tokens(k, grid), 0)).to(k.dtype)
+        prefix = count_prefix_tokens(k, grid)
+        if prefix:
+            encoding = F.pad(encoding, (0, 0, prefix, 0))
+        if factor is None:
+            return k + encoding.to(k.dtype)
+        return torch.addcmul((encoding * factor).to(k.dtype), k, factor.to(k.dtype))
 
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Resamples the parameter itself, so that calls with this grid need not."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def head_width(dim: int, num_heads: int, multiple_of: int = 1) -> int:
@@ -32,6 +32,13 @@ def count_prefix_tokens(x: Tensor, grid: tuple[int, int]) -> int:
     if count < 0:
         raise ValueError(f"grid {height}x{width} needs {height * width} tokens, got {x.shape[1]}")
     return count
+
+
+def scale_outputs(linear: nn.Linear, factor: Tensor) -> None:
+    """Multiplies the outputs of a linear layer, each by its own factor, in its weights."""
+    linear.weight.mul_(factor[:, None])
+    if linear.bias is not None:
+        linear.bias.mul_(factor)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv
+from flash_bla.layers import DepthwiseConv, RankAugmentedLinearAttention
+from flash_bla.layers.tokens import scale_outputs
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
@@ -83,8 +84,20 @@ class RavltBlock(Block):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
         x = self.pos(x, grid, residual=True)
-        x = x + self.drop_path1(self.gamma_1 * self.attn(self.norm1(x), grid))
-        return x + self.drop_path2(self.gamma_2 * self.mlp(self.norm2(x), grid))
+        x = self._add(x, self.drop_path1(self.attn(self.norm1(x), grid)), self.gamma_1)
+        return self._add(x, self.drop_path2(self.mlp(self.norm2(x), grid)), self.gamma_2)
+
+    def fuse(self) -> None:
+        """Folds the layer scales into the layers before them, for ``fuse_for_inference``."""
+        if isinstance(self.attn, RankAugmentedLinearAttention) and type(self.attn.proj) is nn.Linear:
+            scale_outputs(self.attn.proj, self.gamma_1.flatten())
+            self.gamma_1 = None
+        if type(self.mlp.fc2) is nn.Linear:
+            scale_outputs(self.mlp.fc2, self.gamma_2.flatten())
+            self.gamma_2 = None
+
+    def _add(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
+        return x + y if gamma is None else torch.addcmul(x, gamma.to(x.dtype), y)
 
 
 class RAVLT(HierarchicalBackbone):
