@@ -90,7 +90,7 @@ def make_inputs(shape: Shape, device: torch.device) -> Inputs:
 
 def ours(shape: Shape, which: str, inputs: Inputs) -> Callable[[], Sequence[Tensor]]:
     x, dy, weight = inputs
-    arguments = (x, weight, None, None, None, shape.side, shape.side, shape.stride, False, None)
+    arguments = (x, weight, None, None, None, shape.side, shape.side, shape.stride, False, None, None)
     if which == "forward":
         return lambda: [depthwise_conv_forward(*arguments)]
     needed = [*PASSES[which], False, False, False]

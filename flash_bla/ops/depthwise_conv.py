@@ -17,7 +17,7 @@ from flash_bla.ops.arguments import (
 )
 from flash_bla.ops.triton_depthwise_conv import depthwise_conv as depthwise_conv_triton
 
-ACTIVATIONS = {None: lambda z: z, "silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 KERNEL_SIZES = (3, 5, 7)
 
 
@@ -29,18 +29,19 @@ def depthwise_conv(
     *,
     stride: int = 1,
     residual: bool = False,
+    input_activation: str | None = None,
     activation: str | None = None,
     add: Tensor | None = None,
     gate: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Depthwise convolution of tokens that stand on a grid, and what often follows it.
+    r"""Depthwise convolution of tokens that stand on a grid, and what often precedes and follows it.
 
-    .. math:: y = \left(a + f\left(w ⋆ x + b \;[+ x]\right)\right) \odot g
+    .. math:: y = \left(a + f\left(w ⋆ h(x) + b \;[+ h(x)]\right)\right) \odot g
 
-    with f the ``activation``, a = ``add`` and g = ``gate`` where they are given, and x added with ``residual``. The
-    grid's border is padded with zeros. Tokens before the last H·W ones are prefix tokens: they have no place on the
-    grid, and w ⋆ x + b is zero there. Sums are computed in float32 (float64 for float64 inputs); under autocast x, add
+    with h the ``input_activation``, f the ``activation``, a = ``add`` and g = ``gate`` where they are given, and h(x)
+    added with ``residual``. The grid's border is padded with zeros. Tokens before the last H·W ones are prefix tokens:
+    they have no place on the grid, and w ⋆ h(x) + b is zero there. Sums are computed in float32 (float64 for float64 inputs); under autocast x, add
     and gate are cast to its type. Gradients are the same bit for bit in every run.
 
     Args:
@@ -50,8 +51,9 @@ def depthwise_conv(
             many channels has the same filters.
         bias: b, ``(channels,)``.
         stride: 1, or 2 for an output of ⌈H/2⌉ · ⌈W/2⌉ tokens, without prefix tokens.
-        residual: Add x to the convolution; not with ``stride`` 2.
-        activation: f: None (identity), ``"silu"`` or ``"gelu"`` (the exact one).
+        residual: Add h(x) to the convolution; not with ``stride`` 2.
+        input_activation: h: None (identity), ``"relu"``, ``"silu"`` or ``"gelu"`` (the exact one).
+        activation: f, likewise.
         add: a, shaped as the output and of the dtype of x.
         gate: g, shaped as the output and of the dtype of x.
         backend: ``"triton"`` or ``"reference"``; by default the environment variable ``FLASH_BLA_BACKEND``, else Triton
@@ -76,25 +78,27 @@ def depthwise_conv(
         raise ValueError(f"stride 2 takes no prefix tokens: grid {(H, W)} has {H * W} places, x {N} tokens")
     if stride == 2 and residual:
         raise ValueError("residual needs stride 1: the output of stride 2 has fewer tokens than x")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {list(ACTIVATIONS)}, got {activation!r}")
+    for name, value in (("input_activation", input_activation), ("activation", activation)):
+        if value not in ACTIVATIONS:
+            raise ValueError(f"{name} must be one of {list(ACTIVATIONS)}, got {value!r}")
     _check_filters(weight, bias, x)
     out_shape = (B, N if stride == 1 else -(-H // 2) * -(-W // 2), C)
     for name, tensor in others.items():
         expect(name, tensor, out_shape, "that of the output")
     function = depthwise_conv_triton if choose_backend(backend, x) == "triton" else depthwise_conv_reference
-    return function(x, weight, bias, others.get("add"), others.get("gate"), H, W, stride, residual, activation)
+    return function(x, weight, bias, others.get("add"), others.get("gate"), H, W, stride, residual, activation,
+                    input_activation)  # fmt: skip
 
 
 def depthwise_conv_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
-    height: int, width: int, stride: int, residual: bool, activation: str | None,
+    height: int, width: int, stride: int, residual: bool, activation: str | None, input_activation: str | None,
 ) -> Tensor:  # fmt: skip
     """The specification: ``depthwise_conv`` on checked arguments, on any device and differentiable."""
     out_dtype = x.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
     with without_autocast(x):
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, weight = ACTIVATIONS[input_activation](x.to(dtype)), weight.to(dtype)
         channels = x.shape[2]
         heads = channels // weight.shape[0]
         weight = weight.repeat(heads, 1, 1, 1)

@@ -35,6 +35,16 @@ def _one(z):
 
 
 @jit
+def _relu(z):
+    return tl.maximum(z, 0.0)
+
+
+@jit
+def _relu_derivative(z):
+    return tl.where(z > 0.0, 1.0, 0.0)
+
+
+@jit
 def _reciprocal(x):
     root = tl.rsqrt(x)  # two instructions; a division has eight
     return root * root
@@ -77,7 +87,12 @@ def _gelu_derivative(z):
 
 
 # name: (value, derivative)
-ACTIVATIONS = {None: (_identity, _one), "silu": (_silu, _silu_derivative), "gelu": (_gelu, _gelu_derivative)}
+ACTIVATIONS = {
+    None: (_identity, _one),
+    "relu": (_relu, _relu_derivative),
+    "silu": (_silu, _silu_derivative),
+    "gelu": (_gelu, _gelu_derivative),
+}
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 # A source of height x width tokens becomes a target of out_height x out_width. Strides come as pairs in the order
@@ -104,11 +119,19 @@ def _fill(value, COUNT: tl.constexpr, STRIPS: tl.constexpr):
 
 
 @jit
-def _widen(values):
-    wide = ()
+def _apply(function: tl.constexpr, values):
+    results = ()
     for i in tl.static_range(len(values)):
-        wide += (values[i].to(tl.float32),)
-    return wide
+        results += (function(values[i].to(tl.float32)),)
+    return results
+
+
+@jit
+def _multiply(values, factors):
+    products = ()
+    for i in tl.static_range(len(values)):
+        products += (values[i] * factors[i],)
+    return products
 
 
 @jit
@@ -236,10 +259,11 @@ def forward_kernel(
     x_ptr, x_strides, filters_ptr, bias_ptr, add_ptr, add_strides, gate_ptr, gate_strides, y_ptr, y_strides,
     dy_ptr, dy_strides, d_add_ptr, d_add_strides, d_gate_ptr, d_gate_strides,
     images, height, width, out_height, out_width, channels, filters, depth,
-    K: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, INPUT: tl.constexpr,
+    ACTIVATION: tl.constexpr, DERIVATIVE: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """y = (add + activation(z)) · gate with z = x ⋆ filters + bias, on ``depth`` rows of the target.
+    """y = (add + activation(z)) · gate with z = input(x) ⋆ filters + bias, on ``depth`` rows of the target.
 
     With dy, the gradient of y, instead the gradients: that of z in y's place, and those of add and gate.
     """
@@ -273,7 +297,7 @@ def forward_kernel(
     for steps in range(begin, last, AHEAD):
         for ahead in tl.static_range(AHEAD):  # as many as the queue is long, so that its places keep their registers
             step = steps + ahead
-            sums = _convolve(_widen(queue[: STRIDE * WIDTH]), taps, sums, K, STRIDE, False, COLUMNS)
+            sums = _convolve(_apply(INPUT, queue[: STRIDE * WIDTH]), taps, sums, K, STRIDE, False, COLUMNS)
             ys, d_adds, d_gates = (), (), ()
             for q in tl.static_range(COLUMNS):
                 value = ACTIVATION(sums[q])
@@ -311,7 +335,7 @@ def forward_kernel(
 def gradient_kernel(
     dz_ptr, dz_strides, x_ptr, x_strides, filters_ptr, dx_ptr, dx_strides, partial_ptr,
     images, height, width, out_height, out_width, channels, filters, depth,
-    K: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, INPUT: tl.constexpr, INPUT_DERIVATIVE: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of z (the source) that of x (the target), and shares of those of the filters and of the bias.
@@ -341,11 +365,14 @@ def gradient_kernel(
         end = (last - 1 + PAD) // STRIDE + 1
         bottom = tl.minimum(end, height)
         sums = _fill(zero, K * COLUMNS, STRIPS)
-        values, xs, queue = (), (), ()
+        raw, xs, queue = (), (), ()
         for r in tl.static_range(K - STRIDE):
             row = begin * STRIDE + (r - PAD)
-            values += _load_row(x_ptr, x_strides, strips, left, row, first, last, out_width, COLUMNS, 0)
-        values = _widen(values)
+            raw += _load_row(x_ptr, x_strides, strips, left, row, first, last, out_width, COLUMNS, 0)
+        # of the K rows of x, the values that meet dz and, with an activation of the input, its slopes
+        values, slopes = _apply(INPUT, raw), ()
+        if INPUT_DERIVATIVE is not None:
+            slopes = _apply(INPUT_DERIVATIVE, raw)
         for ahead in tl.static_range(AHEAD):
             step = begin + ahead
             queue += _load_row(dz_ptr, dz_strides, strips, left // STRIDE, step, 0, bottom, width, WIDTH, BEFORE)
@@ -353,15 +380,19 @@ def gradient_kernel(
         for steps in range(begin, end, AHEAD):
             for ahead in tl.static_range(AHEAD):
                 step = steps + ahead
-                line = _widen(queue[:WIDTH])
+                line = _apply(_identity, queue[:WIDTH])
                 if partial_ptr is not None:
-                    values += _widen(xs[: STRIDE * COLUMNS])
+                    values += _apply(INPUT, xs[: STRIDE * COLUMNS])
                     # of the programs that read an element of dz, that one counts it which has its place in x
                     counts = tl.where((step * STRIDE >= first) & (step * STRIDE < last), 1.0, 0.0)
                     d_taps = _correlate(line, values, d_taps, counts, K, STRIDE, COLUMNS)
                     values = values[STRIDE * COLUMNS :]
                 if dx_ptr is not None:
                     sums = _convolve(line, taps, sums, K, STRIDE, True, COLUMNS)
+                    if INPUT_DERIVATIVE is not None:
+                        slopes += _apply(INPUT_DERIVATIVE, xs[: STRIDE * COLUMNS])
+                        sums = _multiply(sums[: STRIDE * COLUMNS], slopes) + sums[STRIDE * COLUMNS :]
+                        slopes = slopes[STRIDE * COLUMNS :]
 
                 then = step + AHEAD
                 queue = queue[WIDTH:] + _load_row(
@@ -488,17 +519,18 @@ def _output_size(height: int, width: int, stride: int) -> tuple[int, int]:
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
-    height: int, width: int, stride: int, residual: bool, activation: str | None,
+    height: int, width: int, stride: int, residual: bool, activation: str | None, input_activation: str | None,
 ) -> Tensor:  # fmt: skip
     x, add, gate = _rows(x), _rows(add), _rows(gate)
     y = _empty_output(x, height, width, stride)
     value, derivative = ACTIVATIONS[activation]
+    of_input, _ = ACTIVATIONS[input_activation]
     for image in _images(x, weight, bias, height, width):
         source = (image.height, image.width)
         target = _output_size(*source, stride)
         tensors = dict(x=x, y=y, add=add, gate=gate, dy=None, d_add=None, d_gate=None)
         image.launch(forward_kernel, image.blocks(x, *target), source, target, tensors, STRIDE=stride,
-                     RESIDUAL=residual, ACTIVATION=value, DERIVATIVE=derivative)  # fmt: skip
+                     RESIDUAL=residual, INPUT=of_input, ACTIVATION=value, DERIVATIVE=derivative)  # fmt: skip
     return y
 
 
@@ -506,7 +538,7 @@ depthwise_conv_forward = torch.library.custom_op("flash_bla::depthwise_conv_forw
 
 
 @depthwise_conv_forward.register_fake
-def _(x, weight, bias, add, gate, height, width, stride, residual, activation):
+def _(x, weight, bias, add, gate, height, width, stride, *_):
     return _empty_output(x, height, width, stride)
 
 
@@ -519,7 +551,7 @@ def _empty_output(x: Tensor, height: int, width: int, stride: int) -> Tensor:
 def _backward(
     dy: Tensor, needed: list[bool],
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
-    height: int, width: int, stride: int, residual: bool, activation: str | None,
+    height: int, width: int, stride: int, residual: bool, activation: str | None, input_activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the first five inputs of the forward operator; one that is not needed has no elements.
 
@@ -537,13 +569,14 @@ def _backward(
         elif dx is not None or of_filters:
             dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
     value, derivative = ACTIVATIONS[activation]
+    of_input, of_input_derivative = ACTIVATIONS[input_activation]
     for image in _images(x, weight, bias, height, width):
         source = (image.height, image.width)
         target = _output_size(*source, stride)
         if dz is not dy:
             tensors = dict(x=x, y=dz, add=add, gate=gate, dy=dy, d_add=d_add, d_gate=d_gate)
             image.launch(forward_kernel, image.blocks(x, *target), source, target, tensors, STRIDE=stride,
-                         RESIDUAL=residual, ACTIVATION=value, DERIVATIVE=derivative)  # fmt: skip
+                         RESIDUAL=residual, INPUT=of_input, ACTIVATION=value, DERIVATIVE=derivative)  # fmt: skip
         of_filters = of_filters and image.kernel_size > 1
         if dx is not None or of_filters:
             blocks = image.blocks(x, *source)
@@ -551,9 +584,11 @@ def _backward(
             partial = None
             if of_filters:
                 partial = x.new_empty((blocks.programs, taps + 1, x.shape[2]), dtype=torch.float32)
-            tensors = dict(dz=dz, x=x if of_filters else None, dx=dx)
+            sloped = dx is not None and input_activation is not None
+            tensors = dict(dz=dz, x=x if of_filters or sloped else None, dx=dx)
             image.launch(gradient_kernel, blocks, target, source, tensors, partial_ptr=partial, STRIDE=stride,
-                         RESIDUAL=residual)  # fmt: skip
+                         RESIDUAL=residual, INPUT=of_input,
+                         INPUT_DERIVATIVE=of_input_derivative if sloped else None)  # fmt: skip
             if of_filters:
                 _reduce(partial, d_weight, d_bias, weight)
     return gradients

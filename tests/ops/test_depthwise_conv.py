@@ -27,6 +27,7 @@ class Case:
     prefix: int = 0
     stride: int = 1
     residual: bool = False
+    input_activation: str | None = None
     activation: str | None = None
     bias: bool = True
     add: bool = False
@@ -34,7 +35,8 @@ class Case:
 
     @property
     def options(self) -> dict:
-        return dict(stride=self.stride, residual=self.residual, activation=self.activation)
+        return dict(stride=self.stride, residual=self.residual, activation=self.activation,
+                    input_activation=self.input_activation)  # fmt: skip
 
     @property
     def output_tokens(self) -> int:
@@ -55,6 +57,9 @@ CASES = {
     "residual": Case(1, (4, 5), 8, prefix=2, residual=True),
     "silu": Case(1, (3, 6), 8, prefix=1, activation="silu"),
     "gelu": Case(1, (3, 6), 8, activation="gelu"),
+    "gelu before": Case(1, (3, 6), 8, prefix=1, residual=True, input_activation="gelu"),
+    "relu around": Case(2, (5, 6), 8, stride=2, input_activation="relu", activation="relu"),
+    "silu before": Case(1, (3, 5), 8, 5, input_activation="silu", activation="gelu", gate=True),
     "add": Case(2, (2, 3), 24, add=True),
     "gate": Case(1, (4, 3), 8, bias=False, gate=True),
     "add, gate, heads": Case(1, (3, 4), 24, 5, heads=3, prefix=1, add=True, gate=True),
@@ -90,6 +95,8 @@ def call(leaves: dict, case: Case, **options):
 def by_conv2d(leaves: dict, case: Case):
     """What the function stands for, written for images."""
     x, heads = leaves["x"], case.heads
+    if case.input_activation is not None:
+        x = getattr(F, case.input_activation)(x)
     bias = leaves["bias"].repeat(heads) if case.bias else None
     image = x[:, case.prefix :].transpose(1, 2).unflatten(2, case.grid)
     image = F.conv2d(image, leaves["weight"].repeat(heads, 1, 1, 1), bias, case.stride, case.kernel_size // 2,
@@ -97,6 +104,8 @@ def by_conv2d(leaves: dict, case: Case):
     y = torch.cat([torch.zeros_like(x[:, : case.prefix]), image.flatten(2).transpose(1, 2)], dim=1)
     if case.residual:
         y = x + y
+    if case.activation == "relu":
+        y = y.clamp(min=0)
     if case.activation == "silu":
         y = y * y.sigmoid()
     if case.activation == "gelu":
@@ -302,7 +311,8 @@ X, W = torch.rand(2, 7, 8), torch.rand(4, 1, 3, 3)
         ((X, (2, 3), W, torch.rand(8)), {}, ValueError, r"bias must have shape .* of weight, here \(4,\), got \(8,\)"),
         ((X, (2, 3), W), dict(add=X[:1]), ValueError, r"add must have shape that of the output, here \(2, 7, 8\), got"),
         ((X, (2, 3), W), dict(gate=X.half()), TypeError, r"gate must have the dtype of x, .* got torch.float16"),
-        ((X, (2, 3), W), dict(activation="relu"), ValueError, r"activation must be one of .* got 'relu'"),
+        ((X, (2, 3), W), dict(activation="mish"), ValueError, r"^activation must be one of .* got 'mish'"),
+        ((X, (2, 3), W), dict(input_activation=1), ValueError, r"input_activation must be one of .* got 1"),
         ((X, (1, 7), W), dict(stride=3), ValueError, r"stride must be 1 or 2, got 3"),
         ((X, (2, 3), W), dict(stride=2), ValueError, r"stride 2 takes no prefix tokens: grid \(2, 3\) .* x 7 tokens"),
         ((X, (1, 7), W), dict(stride=2, residual=True), ValueError, r"residual needs stride 1"),
