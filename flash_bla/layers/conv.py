@@ -18,11 +18,12 @@ class DepthwiseConv(nn.Conv2d):
     Args:
         channels: Number of filters. Tokens may have a multiple of it: the filters are then shared by all heads.
         kernel_size: Odd side of the filters.
+        stride: 1, or 2 to halve the grid, rounding up.
     """
 
-    def __init__(self, channels: int, kernel_size: int, *, device=None, dtype=None) -> None:
+    def __init__(self, channels: int, kernel_size: int, stride: int = 1, *, device=None, dtype=None) -> None:
         super().__init__(
-            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, device=device, dtype=dtype
+            channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, device=device, dtype=dtype
         )
 
     def forward(
@@ -31,11 +32,21 @@ class DepthwiseConv(nn.Conv2d):
         grid: tuple[int, int],
         *,
         residual: bool = False,
+        input_activation: str | None = None,
         activation: str | None = None,
         add: Tensor | None = None,
         gate: Tensor | None = None,
     ) -> Tensor:
-        """``(B, N, C)`` to (add + activation(convolution [+ x])) · gate, ``(B, N, C)``."""
+        """``(B, N, C)`` to (add + activation(w ⋆ h(x) + b [+ h(x)])) · gate, with h the activation of the input."""
         return depthwise_conv(
-            x, grid, self.weight, self.bias, residual=residual, activation=activation, add=add, gate=gate
+            x,
+            grid,
+            self.weight,
+            self.bias,
+            stride=self.stride[0],
+            residual=residual,
+            input_activation=input_activation,
+            activation=activation,
+            add=add,
+            gate=gate,
         )

@@ -39,6 +39,6 @@ def _fold_batch_norms(layers: nn.Sequential) -> None:
     names = list(layers._modules)
     for conv, norm in zip(names, names[1:], strict=False):
         pair = layers._modules[conv], layers._modules[norm]
-        if type(pair[0]) is nn.Conv2d and type(pair[1]) is nn.BatchNorm2d:
+        if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
             layers._modules[conv] = fuse_conv_bn_eval(*pair)
             layers._modules[norm] = nn.Identity()

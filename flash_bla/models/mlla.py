@@ -26,7 +26,6 @@ class ConvLayer(nn.Sequential):
         dim: Channels out.
         kernel_size: Odd side of the filters.
         stride: Step of the filters.
-        depthwise: Whether each channel has a filter of its own.
         norm: Whether BatchNorm follows.
         act: Whether ReLU follows.
         bias: Whether the convolution has a bias.
@@ -38,7 +37,6 @@ class ConvLayer(nn.Sequential):
         dim: int,
         kernel_size: int,
         stride: int = 1,
-        depthwise: bool = False,
         norm: bool = True,
         act: bool = True,
         bias: bool = True,
@@ -46,10 +44,7 @@ class ConvLayer(nn.Sequential):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        groups = dim if depthwise else 1
-        layers = OrderedDict(
-            conv=nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias, **dd)
-        )
+        layers = OrderedDict(conv=nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, bias=bias, **dd))
         if norm:
             layers["norm"] = nn.BatchNorm2d(dim, **dd)
         if act:
@@ -83,8 +78,21 @@ class Stem(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution of tokens, which is a linear layer with the entries of a convolution."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__(in_dim, dim, 1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, N, in_dim)`` to ``(B, N, dim)``."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class Downsample(nn.Sequential):
-    """A stage's map to the next, coarser one: a depthwise convolution of four times as many channels halves the size.
+    r"""A stage's map to the next, coarser one: a depthwise convolution of four times as many channels halves the size.
+
+    .. math:: y = BatchNorm(W_2 \, relu(DWC(relu(W_1 x))))
 
     Args:
         in_dim: Channels in.
@@ -94,14 +102,19 @@ class Downsample(nn.Sequential):
     def __init__(self, in_dim: int, dim: int, device=None, dtype=None) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(
-            ConvLayer(in_dim, 4 * dim, 1, norm=False, **dd),
-            ConvLayer(4 * dim, 4 * dim, 3, stride=2, depthwise=True, norm=False, **dd),
-            ConvLayer(4 * dim, dim, 1, act=False, **dd),
+            nn.Sequential(OrderedDict(conv=PointwiseConv(in_dim, 4 * dim, **dd))),
+            nn.Sequential(OrderedDict(conv=DepthwiseConv(4 * dim, 3, stride=2, **dd))),
+            nn.Sequential(OrderedDict(conv=PointwiseConv(4 * dim, dim, **dd), norm=nn.BatchNorm2d(dim, **dd))),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, in_dim)`` to ``(B, H/2, W/2, dim)``."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        expand, halve, reduce = self
+        grid = x.shape[1], x.shape[2]
+        x = expand.conv(x.flatten(1, 2))
+        x = halve.conv(x, grid, input_activation="relu", activation="relu")
+        x = reduce.conv(x).unflatten(1, ((grid[0] + 1) // 2, (grid[1] + 1) // 2))
+        return reduce.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class MambaLikeBlock(Block):

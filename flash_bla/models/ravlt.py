@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
@@ -56,15 +57,18 @@ class ConvFeedForward(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.act = nn.GELU()
         self.dwconv = DepthwiseConv(hidden_dim, 3, **dd)
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
-        x = self.drop(self.act(self.fc1(x)))
-        return self.drop(self.fc2(self.dwconv(x, grid, residual=True)))
+        x = self.fc1(x)
+        if self.drop.p and self.training:  # between the activation and the convolution
+            x = self.dwconv(self.drop(F.gelu(x)), grid, residual=True)
+        else:
+            x = self.dwconv(x, grid, residual=True, input_activation="gelu")
+        return self.drop(self.fc2(x))
 
 
 class RavltBlock(Block):

@@ -41,8 +41,8 @@ def depthwise_conv(
 
     with h the ``input_activation``, f the ``activation``, a = ``add`` and g = ``gate`` where they are given, and h(x)
     added with ``residual``. The grid's border is padded with zeros. Tokens before the last H·W ones are prefix tokens:
-    they have no place on the grid, and w ⋆ h(x) + b is zero there. Sums are computed in float32 (float64 for float64 inputs); under autocast x, add
-    and gate are cast to its type. Gradients are the same bit for bit in every run.
+    they have no place on the grid, and w ⋆ h(x) + b is zero there. Sums are computed in float32 (float64 for float64
+    inputs); under autocast x, add and gate are cast to its type. Gradients are the same bit for bit in every run.
 
     Args:
         x: Tokens ``(B, N, C)``, row by row; any strides here and below.

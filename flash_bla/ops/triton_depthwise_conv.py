@@ -12,6 +12,9 @@ fixed order: within a program, then over the programs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from flash_bla.ops.triton_support import call, cdiv, is_eager, jit, multiprocessors, tl
+from flash_bla.ops.triton_support import INTERPRETING, call, cdiv, is_eager, jit, launch_options, multiprocessors, tl
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
@@ -444,54 +447,41 @@ class _Blocks(NamedTuple):
     strips: int
     programs: int  # on a block of channels
     ahead: int
-    num_warps: int = 4
 
 
-def _blocks(images: int, height: int, width: int, channels: int, kernel_size: int, device: torch.device) -> _Blocks:
-    """For a target of height x width."""
+@lru_cache(maxsize=1024)
+def _blocks(
+    images: int, height: int, width: int, channels: int, kernel_size: int, resident: int, device: torch.device
+) -> _Blocks:
+    """For a target of height x width, where so many programs are resident on a multiprocessor at a time."""
     columns, ahead = (4, 2) if kernel_size < 7 else (2, 1)  # as the registers allow
     # whole lines of 128 bytes in half precision, unless narrower blocks waste fewer channels; a thread holds two
     block_c = min((64, 32, 16), key=lambda block: cdiv(channels, block) * block)
     strips = 256 // block_c
     groups = cdiv(images * cdiv(width, columns), strips)
-    # so many segments of rows that every multiprocessor has work; each reads K - 1 rows of its neighbours again
-    wanted = cdiv(4 * multiprocessors(device), max(1, groups * cdiv(channels, block_c)))
-    depth = cdiv(height, min(wanted, max(1, height // kernel_size)))
+    places = resident * multiprocessors(device)
+
+    def duration(segments: int) -> int:
+        """In rows: each segment reads K - 1 rows of its neighbours again, and starting takes as long as some rows."""
+        programs = groups * cdiv(channels, block_c) * segments
+        return cdiv(programs, places) * (cdiv(height, segments) + kernel_size + 3)
+
+    depth = cdiv(height, min(range(1, max(1, height // kernel_size) + 1), key=duration))
     return _Blocks(columns, depth, block_c, strips, groups * cdiv(height, depth), ahead)
 
 
 class _Image(NamedTuple):
     """Tokens that stand on a grid, and what they are convolved with."""
 
-    tokens: slice
+    tokens: slice | None  # which ones; None for all
     height: int
     width: int
     filters: Tensor  # (number of filters, K²)
     bias: Tensor | None
 
-    def blocks(self, tokens: Tensor, height: int, width: int) -> _Blocks:
-        images, _, channels = tokens.shape
-        return _blocks(images, height, width, channels, self.kernel_size, tokens.device)
-
     @property
     def kernel_size(self) -> int:
         return math.isqrt(self.filters.shape[1])
-
-    def launch(self, kernel, blocks: _Blocks, source: tuple, target: tuple, tensors: dict, **options) -> None:
-        """Runs a kernel over the tokens of ``tensors``, from a source to a target of these heights and widths."""
-        first = next(x for x in tensors.values() if x is not None)
-        arguments = dict(
-            filters_ptr=self.filters, bias_ptr=self.bias, images=first.shape[0], height=source[0], width=source[1],
-            out_height=target[0], out_width=target[1], channels=first.shape[2], filters=self.filters.shape[0],
-            depth=blocks.depth, K=self.kernel_size, COLUMNS=blocks.columns, STRIPS=blocks.strips,
-            BLOCK_C=blocks.block_c, AHEAD=blocks.ahead, **options,
-        )  # fmt: skip
-        for name, x in tensors.items():
-            x = None if x is None else x[:, self.tokens]
-            arguments |= {f"{name}_ptr": x, f"{name}_strides": (0, 0) if x is None else x.stride()[:2]}
-        grid = (blocks.programs * cdiv(first.shape[2], blocks.block_c), 1, 1)
-        if grid[0] > 0:
-            call(kernel, grid, arguments, blocks.num_warps)
 
 
 def _images(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> list[_Image]:
@@ -499,10 +489,92 @@ def _images(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: 
     prefix = x.shape[1] - height * width
     filters = weight.flatten(1).contiguous()
     bias = None if bias is None else bias.contiguous()
-    images = [_Image(slice(prefix, None), height, width, filters, bias)]
-    if prefix:
-        images.append(_Image(slice(prefix), 1, prefix, filters.new_zeros((filters.shape[0], 1)), None))
-    return images
+    if not prefix:
+        return [_Image(None, height, width, filters, bias)]
+    no_filters = filters.new_zeros((filters.shape[0], 1))
+    return [
+        _Image(slice(prefix, None), height, width, filters, bias),
+        _Image(slice(prefix), 1, prefix, no_filters, None),
+    ]
+
+
+class _Launch(NamedTuple):
+    """All of a launch but its pointers, for tensors of certain shapes, strides and types."""
+
+    kernel: object
+    grid: tuple[int, int, int]
+    values: list
+    places: list[int]  # of the tensors among the values
+    options: dict
+    compiled: dict[tuple, object]  # the kernel, by which of the tensors are aligned
+
+    def run(self, tensors: list[Tensor]) -> None:
+        values = self.values.copy()
+        for place, tensor in zip(self.places, tensors, strict=True):
+            values[place] = tensor
+        aligned = tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
+        compiled = self.compiled.get(aligned)
+        device = tensors[0].device
+        with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+            if compiled is None:
+                self.compiled[aligned] = self.kernel[self.grid](*values, **self.options)
+            else:
+                compiled[self.grid](*values)
+
+
+_LAUNCHES: dict[tuple, _Launch] = {}
+
+
+def _launch(kernel, pointers: dict[str, Tensor | None], signature: tuple, describe: Callable) -> None:
+    """Launches a kernel, as ``describe`` says: with a grid, a limit of registers, and arguments besides the pointers.
+
+    They are asked for once for a signature, because that takes longer than small maps' kernels.
+    """
+    tensors = [x for x in pointers.values() if x is not None]
+    device = tensors[0].device
+    signature = (
+        kernel, device, *signature,
+        *[None if x is None else (x.dtype, x.shape, x.stride()) for x in pointers.values()],
+    )  # fmt: skip
+    launch = _LAUNCHES.get(signature)
+    if launch is not None:
+        launch.run(tensors)
+        return
+    grid, maxnreg, arguments = describe()
+    if min(grid) == 0:
+        return
+    arguments |= pointers
+    call(kernel, grid, arguments, maxnreg=maxnreg)
+    if device.type == "cuda" and not INTERPRETING:
+        if len(_LAUNCHES) > 4096:  # images of ever new sizes must not fill the memory
+            _LAUNCHES.clear()
+        values = [None if isinstance(arguments[name], Tensor) else arguments[name] for name in kernel.arg_names]
+        places = [kernel.arg_names.index(name) for name, x in pointers.items() if x is not None]
+        _LAUNCHES[signature] = _Launch(kernel, grid, values, places, launch_options(4, 1, maxnreg), {})
+
+
+def _launch_on(
+    image: _Image, kernel, resident: int, maxnreg: int | None, source: tuple[int, int], target: tuple[int, int],
+    tensors: dict[str, Tensor | None], pointers: dict[str, Tensor | None], **options,
+) -> None:  # fmt: skip
+    """Runs a kernel over an image, from a source to a target of these heights and widths."""
+    if image.tokens is not None:
+        tensors = {name: None if x is None else x[:, image.tokens] for name, x in tensors.items()}
+
+    def describe() -> tuple:
+        images, _, channels = next(x for x in tensors.values() if x is not None).shape
+        blocks = _blocks(images, *target, channels, image.kernel_size, resident, image.filters.device)
+        arguments = dict(
+            images=images, height=source[0], width=source[1], out_height=target[0], out_width=target[1],
+            channels=channels, filters=image.filters.shape[0], depth=blocks.depth, K=image.kernel_size,
+            COLUMNS=blocks.columns, STRIPS=blocks.strips, BLOCK_C=blocks.block_c, AHEAD=blocks.ahead, **options,
+        )  # fmt: skip
+        for name, x in tensors.items():
+            arguments[f"{name}_strides"] = (0, 0) if x is None else x.stride()[:2]
+        return (blocks.programs * cdiv(channels, blocks.block_c), 1, 1), maxnreg, arguments
+
+    pointers = pointers | {f"{name}_ptr": x for name, x in tensors.items()}
+    _launch(kernel, pointers, (source, target, *options.values()), describe)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -523,15 +595,22 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     x, add, gate = _rows(x), _rows(add), _rows(gate)
     y = _empty_output(x, height, width, stride)
-    value, derivative = ACTIVATIONS[activation]
-    of_input, _ = ACTIVATIONS[input_activation]
     for image in _images(x, weight, bias, height, width):
-        source = (image.height, image.width)
-        target = _output_size(*source, stride)
         tensors = dict(x=x, y=y, add=add, gate=gate, dy=None, d_add=None, d_gate=None)
-        image.launch(forward_kernel, image.blocks(x, *target), source, target, tensors, STRIDE=stride,
-                     RESIDUAL=residual, INPUT=of_input, ACTIVATION=value, DERIVATIVE=derivative)  # fmt: skip
+        _launch_forward(image, tensors, stride, residual, activation, input_activation)
     return y
+
+
+def _launch_forward(
+    image: _Image, tensors: dict, stride: int, residual: bool, activation: str | None, input_activation: str | None
+) -> None:
+    source = image.height, image.width
+    value, derivative = ACTIVATIONS[activation]
+    _launch_on(
+        image, forward_kernel, 5 if image.kernel_size * stride <= 3 else 3, None, source, _output_size(*source, stride),
+        tensors, {"filters_ptr": image.filters, "bias_ptr": image.bias}, STRIDE=stride, RESIDUAL=residual,
+        INPUT=ACTIVATIONS[input_activation][0], ACTIVATION=value, DERIVATIVE=derivative,
+    )  # fmt: skip
 
 
 depthwise_conv_forward = torch.library.custom_op("flash_bla::depthwise_conv_forward", _forward, mutates_args=())
@@ -549,17 +628,17 @@ def _empty_output(x: Tensor, height: int, width: int, stride: int) -> Tensor:
 
 
 def _backward(
-    dy: Tensor, needed: list[bool],
+    dy: Tensor, needed: Sequence[bool],
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
     height: int, width: int, stride: int, residual: bool, activation: str | None, input_activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the first five inputs of the forward operator; one that is not needed has no elements.
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of the first five inputs of the forward operator, None for what is not needed.
 
-    Nor has that of ``add`` without ``gate``: it is dy.
+    So is that of ``add`` without ``gate``: it is dy.
     """
     dy, x, add, gate = _rows(dy), _rows(x), _rows(add), _rows(gate)
     gradients = _empty_gradients(needed, dy, x, weight, bias, gate)
-    dx, d_weight, d_bias, d_add, d_gate = (None if g.numel() == 0 else g for g in gradients)
+    dx, d_weight, d_bias, d_add, d_gate = gradients
     of_filters = d_weight is not None or d_bias is not None
     dz = dy
     if activation is not None or gate is not None:
@@ -568,58 +647,77 @@ def _backward(
             dz, d_add = d_add, None
         elif dx is not None or of_filters:
             dz = torch.empty_like(dy, memory_format=torch.contiguous_format)
-    value, derivative = ACTIVATIONS[activation]
+    sloped = dx is not None and input_activation is not None
     of_input, of_input_derivative = ACTIVATIONS[input_activation]
     for image in _images(x, weight, bias, height, width):
-        source = (image.height, image.width)
-        target = _output_size(*source, stride)
         if dz is not dy:
             tensors = dict(x=x, y=dz, add=add, gate=gate, dy=dy, d_add=d_add, d_gate=d_gate)
-            image.launch(forward_kernel, image.blocks(x, *target), source, target, tensors, STRIDE=stride,
-                         RESIDUAL=residual, INPUT=of_input, ACTIVATION=value, DERIVATIVE=derivative)  # fmt: skip
-        of_filters = of_filters and image.kernel_size > 1
-        if dx is not None or of_filters:
-            blocks = image.blocks(x, *source)
-            taps = weight.shape[2] ** 2
-            partial = None
-            if of_filters:
-                partial = x.new_empty((blocks.programs, taps + 1, x.shape[2]), dtype=torch.float32)
-            sloped = dx is not None and input_activation is not None
-            tensors = dict(dz=dz, x=x if of_filters or sloped else None, dx=dx)
-            image.launch(gradient_kernel, blocks, target, source, tensors, partial_ptr=partial, STRIDE=stride,
-                         RESIDUAL=residual, INPUT=of_input,
-                         INPUT_DERIVATIVE=of_input_derivative if sloped else None)  # fmt: skip
-            if of_filters:
-                _reduce(partial, d_weight, d_bias, weight)
+            _launch_forward(image, tensors, stride, residual, activation, input_activation)
+        k = image.kernel_size
+        of_filters = of_filters and k > 1
+        if dx is None and not of_filters:
+            continue
+        # more programs at a time, if that many registers are enough
+        resident, maxnreg = (2, None) if k > 5 or sloped or (k == 5 and dx is not None and of_filters) else (3, 168)
+        source = image.height, image.width
+        partial = None
+        if of_filters:
+            images, _, channels = x.shape
+            programs = _blocks(images, *source, channels, k, resident, x.device).programs
+            partial = x.new_empty((programs, k * k + 1, channels), dtype=torch.float32)
+        tensors = dict(dz=dz, x=x if of_filters or sloped else None, dx=dx)
+        _launch_on(
+            image, gradient_kernel, resident, maxnreg, _output_size(*source, stride), source, tensors,
+            {"filters_ptr": image.filters, "partial_ptr": partial}, STRIDE=stride, RESIDUAL=residual, INPUT=of_input,
+            INPUT_DERIVATIVE=of_input_derivative if sloped else None,
+        )  # fmt: skip
+        if of_filters:
+            _reduce(partial, d_weight, d_bias, weight)
     return gradients
 
 
-depthwise_conv_backward = torch.library.custom_op("flash_bla::depthwise_conv_backward", _backward, mutates_args=())
-
-
 def _reduce(partial: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, weight: Tensor) -> None:
-    programs, _, channels = partial.shape
-    filters, taps = weight.flatten(1).shape
-    heads = channels // filters
-    block = 64
-    arguments = dict(
-        partial_ptr=partial, d_weight_ptr=d_weight, d_bias_ptr=d_bias, rows=programs * heads, heads=heads,
-        filters=filters, TAPS=taps, BLOCK_N=32, BLOCK_F=block,
-    )  # fmt: skip
-    call(reduce_kernel, (taps + 1, cdiv(filters, block), 1), arguments)
+    programs, rows, channels = partial.shape
+    filters = weight.shape[0]
+
+    def describe() -> tuple:
+        heads, block = channels // filters, 32
+        arguments = dict(rows=programs * heads, heads=heads, filters=filters, TAPS=rows - 1, BLOCK_N=128, BLOCK_F=block)
+        return (rows, cdiv(filters, block), 1), None, arguments
+
+    pointers = {"partial_ptr": partial, "d_weight_ptr": d_weight, "d_bias_ptr": d_bias}
+    _launch(reduce_kernel, pointers, (filters,), describe)
+
+
+def _empty_gradients(
+    needed: Sequence[bool], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None
+) -> list[Tensor | None]:
+    # those of add and gate are computed only where there is a gate
+    like = x, weight, bias, None if gate is None else dy, None if gate is None else dy
+    return [
+        torch.empty(y.shape, dtype=y.dtype, device=y.device) if need and y is not None else None
+        for y, need in zip(like, needed, strict=True)
+    ]
+
+
+def _as_outputs(gradients: Sequence[Tensor | None], dy: Tensor) -> tuple[Tensor, ...]:
+    """An operator's outputs are tensors: one that is None has no elements."""
+    return tuple(dy.new_empty(0) if g is None else g for g in gradients)
+
+
+@torch.library.custom_op("flash_bla::depthwise_conv_backward", mutates_args=())
+def depthwise_conv_backward(
+    dy: Tensor, needed: list[bool],
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
+    height: int, width: int, stride: int, residual: bool, activation: str | None, input_activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = x, weight, bias, add, gate, height, width, stride, residual, activation, input_activation
+    return _as_outputs(_backward(dy, needed, *inputs), dy)
 
 
 @depthwise_conv_backward.register_fake
-def _(dy, needed, x, weight, bias, add, gate, *options):
-    return _empty_gradients(needed, dy, x, weight, bias, gate)
-
-
-def _empty_gradients(needed: list[bool], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, gate) -> tuple:
-    like = (x, weight, bias, dy if gate is not None else None, dy if gate is not None else None)
-    return tuple(
-        dy.new_empty(x.shape if need and x is not None else 0, dtype=dy.dtype if x is None else x.dtype)
-        for x, need in zip(like, needed, strict=True)
-    )
+def _(dy, needed, x, weight, bias, add, gate, *_):
+    return _as_outputs(_empty_gradients(needed, dy, x, weight, bias, gate), dy)
 
 
 def _setup_context(ctx, inputs, output):
@@ -628,8 +726,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, backward=depthwise_conv_backward):
-    needed = ctx.needs_input_grad[:5]
-    gradients = backward(dy, list(needed), *ctx.saved_tensors, *ctx.options)
+    needed = list(ctx.needs_input_grad[:5])
+    gradients = backward(dy, needed, *ctx.saved_tensors, *ctx.options)
     dx, d_weight, d_bias, d_add, d_gate = (g if need else None for g, need in zip(gradients, needed, strict=True))
     if ctx.saved_tensors[4] is None and needed[3]:
         d_add = dy

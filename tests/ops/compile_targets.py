@@ -93,8 +93,8 @@ def depthwise_conv(dtype, D):
     """Forward and backward pass, with an activation, which brings every kernel."""
     x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 56, D), (D, 1, 3, 3)))
     arguments = (x, weight, None, None, None, 7, 8, 1, False, "gelu", None)
-    y = conv.depthwise_conv_forward._init_fn(*arguments)
-    conv.depthwise_conv_backward._init_fn(y, [True, True, False, False, False], *arguments)
+    y = conv._forward(*arguments)
+    conv._backward(y, [True, True, False, False, False], *arguments)
 
 
 def kind(value):
