@@ -54,5 +54,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        y, x = self.norm1(x, residual=True)
+        y, x = self.norm2(x, self.drop_path1(self.ls1(self.attn(y, grid))), residual=True)
+        return x + self.drop_path2(self.ls2(self.mlp(y)))

@@ -142,12 +142,12 @@ class MambaLikeBlock(Block):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
         x = self.cpe1(x, grid, residual=True)
-        y = self.norm1(x)
+        y, x = self.norm1(x, residual=True)
         gate = F.silu(self.act_proj(y))
         y = self.attn(self.dwc(self.in_proj(y), grid, activation="silu"), grid)
         x = x + self.drop_path1(self.out_proj(y * gate))
-        x = self.cpe2(x, grid, residual=True)
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        y, x = self.norm2(self.cpe2(x, grid, residual=True), residual=True)
+        return x + self.drop_path2(self.mlp(y))
 
 
 class MLLA(HierarchicalBackbone):

@@ -87,9 +87,10 @@ class RavltBlock(Block):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
-        x = self.pos(x, grid, residual=True)
-        x = self._add(x, self.drop_path1(self.attn(self.norm1(x), grid)), self.gamma_1)
-        return self._add(x, self.drop_path2(self.mlp(self.norm2(x), grid)), self.gamma_2)
+        y, x = self.norm1(self.pos(x, grid, residual=True), residual=True)
+        x = self._add(x, self.drop_path1(self.attn(y, grid)), self.gamma_1)
+        y, x = self.norm2(x, residual=True)
+        return self._add(x, self.drop_path2(self.mlp(y, grid)), self.gamma_2)
 
     def fuse(self) -> None:
         """Folds the layer scales into the layers before them, for ``fuse_for_inference``."""

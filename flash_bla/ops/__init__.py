@@ -2,11 +2,13 @@
 
 from flash_bla.ops.depthwise_conv import depthwise_conv
 from flash_bla.ops.feature_maps import FeatureMap, focusing_power, signed_power
+from flash_bla.ops.layer_norm import add_layer_norm
 from flash_bla.ops.linear_attention import decoupled_la, linear_attention, simple_la, varlen_linear_attention
 from flash_bla.ops.piecewise_sparse import piecewise_sparse_attention
 
 __all__ = [
     "FeatureMap",
+    "add_layer_norm",
     "decoupled_la",
     "depthwise_conv",
     "focusing_power",

@@ -12,8 +12,7 @@ fixed order: within a program, then over the programs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from flash_bla.ops.triton_support import INTERPRETING, call, cdiv, is_eager, jit, launch_options, multiprocessors, tl
+from flash_bla.ops.triton_support import cdiv, is_eager, jit, launch, multiprocessors, tl
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
@@ -498,61 +497,6 @@ def _images(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: 
     ]
 
 
-class _Launch(NamedTuple):
-    """All of a launch but its pointers, for tensors of certain shapes, strides and types."""
-
-    kernel: object
-    grid: tuple[int, int, int]
-    values: list
-    places: list[int]  # of the tensors among the values
-    options: dict
-    compiled: dict[tuple, object]  # the kernel, by which of the tensors are aligned
-
-    def run(self, tensors: list[Tensor]) -> None:
-        values = self.values.copy()
-        for place, tensor in zip(self.places, tensors, strict=True):
-            values[place] = tensor
-        aligned = tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
-        compiled = self.compiled.get(aligned)
-        device = tensors[0].device
-        with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
-            if compiled is None:
-                self.compiled[aligned] = self.kernel[self.grid](*values, **self.options)
-            else:
-                compiled[self.grid](*values)
-
-
-_LAUNCHES: dict[tuple, _Launch] = {}
-
-
-def _launch(kernel, pointers: dict[str, Tensor | None], signature: tuple, describe: Callable) -> None:
-    """Launches a kernel, as ``describe`` says: with a grid, a limit of registers, and arguments besides the pointers.
-
-    They are asked for once for a signature, because that takes longer than small maps' kernels.
-    """
-    tensors = [x for x in pointers.values() if x is not None]
-    device = tensors[0].device
-    signature = (
-        kernel, device, *signature,
-        *[None if x is None else (x.dtype, x.shape, x.stride()) for x in pointers.values()],
-    )  # fmt: skip
-    launch = _LAUNCHES.get(signature)
-    if launch is not None:
-        launch.run(tensors)
-        return
-    grid, maxnreg, arguments = describe()
-    if min(grid) == 0:
-        return
-    arguments |= pointers
-    call(kernel, grid, arguments, maxnreg=maxnreg)
-    if device.type == "cuda" and not INTERPRETING:
-        if len(_LAUNCHES) > 4096:  # images of ever new sizes must not fill the memory
-            _LAUNCHES.clear()
-        values = [None if isinstance(arguments[name], Tensor) else arguments[name] for name in kernel.arg_names]
-        places = [kernel.arg_names.index(name) for name, x in pointers.items() if x is not None]
-        _LAUNCHES[signature] = _Launch(kernel, grid, values, places, launch_options(4, 1, maxnreg), {})
-
-
 def _launch_on(
     image: _Image, kernel, resident: int, maxnreg: int | None, source: tuple[int, int], target: tuple[int, int],
     tensors: dict[str, Tensor | None], pointers: dict[str, Tensor | None], **options,
@@ -574,7 +518,7 @@ def _launch_on(
         return (blocks.programs * cdiv(channels, blocks.block_c), 1, 1), maxnreg, arguments
 
     pointers = pointers | {f"{name}_ptr": x for name, x in tensors.items()}
-    _launch(kernel, pointers, (source, target, *options.values()), describe)
+    launch(kernel, pointers, (source, target, *options.values()), describe)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -686,7 +630,7 @@ def _reduce(partial: Tensor, d_weight: Tensor | None, d_bias: Tensor | None, wei
         return (rows, cdiv(filters, block), 1), None, arguments
 
     pointers = {"partial_ptr": partial, "d_weight_ptr": d_weight, "d_bias_ptr": d_bias}
-    _launch(reduce_kernel, pointers, (filters,), describe)
+    launch(reduce_kernel, pointers, (filters,), describe)
 
 
 def _empty_gradients(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +107,63 @@ def is_eager(x: Tensor) -> bool:
         torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )  # fmt: skip
+
+
+class _Launch(NamedTuple):
+    """All of a launch but its pointers, for tensors of certain shapes, strides and types."""
+
+    kernel: object
+    grid: tuple[int, int, int]
+    values: list
+    places: list[int]  # of the tensors among the values
+    options: dict
+    compiled: dict[tuple, object]  # the kernel, by which of the tensors are aligned
+
+    def run(self, tensors: list[Tensor]) -> None:
+        values = self.values.copy()
+        for place, tensor in zip(self.places, tensors, strict=True):
+            values[place] = tensor
+        aligned = tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
+        compiled = self.compiled.get(aligned)
+        device = tensors[0].device
+        with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+            if compiled is None:
+                self.compiled[aligned] = self.kernel[self.grid](*values, **self.options)
+            else:
+                compiled[self.grid](*values)
+
+
+_LAUNCHES: dict[tuple, _Launch] = {}
+
+
+def launch(kernel, pointers: dict[str, Tensor | None], signature: tuple, describe: Callable) -> None:
+    """Launches a kernel, as ``describe`` says: with a grid, a limit of registers, and arguments besides the pointers.
+
+    They are asked for once for a signature (and the tensors' shapes, strides and types), because putting them together
+    takes longer than many a kernel.
+    """
+    tensors = [x for x in pointers.values() if x is not None]
+    device = tensors[0].device
+    signature = (
+        id(kernel), device,  # a kernel's own hash is slow
+        *[id(x) if callable(x) else x for x in signature],
+        *[None if x is None else (x.dtype, x.shape, x.stride()) for x in pointers.values()],
+    )  # fmt: skip
+    prepared = _LAUNCHES.get(signature)
+    if prepared is not None:
+        prepared.run(tensors)
+        return
+    grid, maxnreg, arguments = describe()
+    if min(grid) == 0:
+        return
+    arguments |= pointers
+    call(kernel, grid, arguments, maxnreg=maxnreg)
+    if device.type == "cuda" and not INTERPRETING:
+        if len(_LAUNCHES) > 4096:  # images of ever new sizes must not fill the memory
+            _LAUNCHES.clear()
+        values = [None if isinstance(arguments[name], Tensor) else arguments[name] for name in kernel.arg_names]
+        places = [kernel.arg_names.index(name) for name, x in pointers.items() if x is not None]
+        _LAUNCHES[signature] = _Launch(kernel, grid, values, places, launch_options(4, 1, maxnreg), {})
 
 
 def precision(dtype: torch.dtype, hip: bool = torch.version.hip is not None) -> dict:

@@ -1,0 +1,75 @@
+"""Layer normalisation of a sum, and the sum: what stands between the branches of a pre-norm transformer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flash_bla.ops.arguments import choose_backend, without_autocast
+from flash_bla.ops.triton_layer_norm import layer_norm_backward, layer_norm_forward
+from flash_bla.ops.triton_support import is_eager
+
+
+def add_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    add: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Layer normalisation over the last dimension, and what it normalised.
+
+    .. math:: s = x \;[+ a], \quad y = \frac{s - mean(s)}{\sqrt{var(s) + ε}} \odot w + b
+
+    The sum s is returned too because a residual branch goes on with it: its gradient, from there and from y, is then
+    one pass. Statistics are float32 (float64 for float64 inputs). Under autocast y has its type, unlike PyTorch's
+    float32, which the next layer would round again; s has the type of x.
+
+    Args:
+        x: ``(..., C)``.
+        weight: w, ``(C,)``.
+        bias: b, ``(C,)``.
+        eps: ε.
+        add: a, of the shape of x.
+        backend: As in ``linear_attention``; ``torch.compile`` takes the reference, which it fuses with its neighbours.
+
+    Returns:
+        y and s.
+    """
+    dtype = x.dtype
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if choose_backend(backend, x) == "triton" and is_eager(x):
+        return _Eager.apply(x, add, weight, bias, eps, dtype)
+    with without_autocast(x):
+        s = x if add is None else x + add.to(x.dtype)
+        wide = torch.promote_types(s.dtype, torch.float32)
+        y = F.layer_norm(s.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+        return y.to(dtype), s
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, add, weight, bias, eps, dtype):
+        y, s = layer_norm_forward(x, add, weight, bias, eps, dtype)
+        ctx.save_for_backward(s, weight)
+        ctx.eps, ctx.bias_dtype, ctx.add_dtype = eps, bias.dtype, None if add is None else add.dtype
+        ctx.set_materialize_grads(False)
+        return y, (x.view_as(x) if add is None else s)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, ds):
+        if dy is None:
+            dx, d_weight, d_bias = ds, None, None
+        else:
+            s, weight = ctx.saved_tensors
+            dx, d_weight, d_bias = layer_norm_backward(dy, ds, s, weight, ctx.eps, any(ctx.needs_input_grad[2:4]))
+            if d_weight is not None:
+                d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype)
+        d_add = None if ctx.add_dtype is None or dx is None else dx.to(ctx.add_dtype)
+        return dx, d_add, d_weight, d_bias, None, None
