@@ -8,6 +8,7 @@ from flash_bla.layers.attention import (
 )
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.cross_window import CrossShapedWindowAttention
+from flash_bla.layers.dense import Linear, Mlp
 from flash_bla.layers.focused import FocusedLinearAttention
 from flash_bla.layers.generalized_linear import GeneralizedLinearAttention
 from flash_bla.layers.linear import LinearAttention
@@ -28,8 +29,10 @@ __all__ = [
     "GeneralizedLinearAttention",
     "KeyPositionalEncoding",
     "LayerNorm",
+    "Linear",
     "LinearAttention",
     "MambaLikeLinearAttention",
+    "Mlp",
     "PolaLinearAttention",
     "RankAugmentedLinearAttention",
     "SoftmaxAttention",

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.dense import Linear
 from flash_bla.layers.tokens import head_width, merge_heads, split_heads
 from flash_bla.layers.window import merge_windows, split_windows, whole_grid
 
@@ -59,10 +60,10 @@ class CrossShapedWindowAttention(nn.Module):
             raise ValueError(f"cross-shaped windows need an even number of heads, got {num_heads}")
         self.num_heads = num_heads
         self.set_split_size(split_size)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
         self.get_v = DepthwiseConv(dim, 3, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def set_split_size(self, split_size: int) -> None:

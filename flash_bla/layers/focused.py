@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.dense import Linear
 from flash_bla.layers.position import KeyPositionalEncoding
 from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
 from flash_bla.ops import focusing_power, linear_attention
@@ -56,10 +57,10 @@ class FocusedLinearAttention(KeyPositionalEncoding):
         super().__init__(dim, grid_size, **dd)
         self.num_heads = num_heads
         self.focusing_factor = focusing_factor
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.scale = nn.Parameter(torch.empty(1, 1, dim, **dd))
         self.dwc = DepthwiseConv(head_width(dim, num_heads), kernel_size, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
+from flash_bla.layers.dense import Linear
 from flash_bla.layers.tokens import head_width, merge_heads, split_heads
 from flash_bla.ops import linear_attention
 
@@ -36,8 +37,8 @@ class LinearAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         head_width(dim, num_heads)
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

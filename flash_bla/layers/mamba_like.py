@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.dense import Linear
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import head_width, merge_heads, split_heads
 from flash_bla.ops import linear_attention
@@ -43,7 +44,7 @@ class MambaLikeLinearAttention(nn.Module):
         if dim % 4:
             raise ValueError(f"the rotary encoding needs dim to be a multiple of 4, got {dim}")
         self.num_heads = num_heads
-        self.qk = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.qk = Linear(dim, 2 * dim, bias=qkv_bias, **dd)
         self.lepe = DepthwiseConv(dim, kernel_size, **dd)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.dense import Linear
 from flash_bla.layers.position import KeyPositionalEncoding
 from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, scale_outputs, split_heads
 from flash_bla.ops import linear_attention, signed_power
@@ -61,11 +62,11 @@ class PolaLinearAttention(KeyPositionalEncoding):
         width = head_width(dim, num_heads, multiple_of=2)
         self.num_heads = num_heads
         self.alpha = alpha
-        self.qkvg = nn.Linear(dim, 4 * dim, bias=qkv_bias, **dd)
+        self.qkvg = Linear(dim, 4 * dim, bias=qkv_bias, **dd)
         self.scale = nn.Parameter(torch.empty(1, 1, dim, **dd))
         self.power = nn.Parameter(torch.empty(1, num_heads, 1, width, **dd))
         self.dwc = DepthwiseConv(width, kernel_size, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -86,7 +87,7 @@ class PolaLinearAttention(KeyPositionalEncoding):
 
     def fuse(self) -> None:
         """Folds the scale into the keys' projection and encoding, for ``fuse_for_inference``."""
-        if type(self.qkvg) is nn.Linear:
+        if type(self.qkvg) is Linear:
             factor = self._key_factor()
             scale_outputs(self.qkvg, F.pad(factor.flatten(), (factor.numel(), 2 * factor.numel()), value=1.0))
             self.positional_encoding.mul_(factor)

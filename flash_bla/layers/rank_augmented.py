@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.dense import Linear
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
 from flash_bla.ops import FeatureMap, linear_attention
@@ -56,9 +57,9 @@ class RankAugmentedLinearAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.head_dim = head_width(dim, num_heads, multiple_of=4)
         self.num_heads = num_heads
-        self.qkvo = nn.Linear(dim, 4 * dim, bias=qkv_bias, **dd)
+        self.qkvo = Linear(dim, 4 * dim, bias=qkv_bias, **dd)
         self.lepe = DepthwiseConv(dim, kernel_size, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
+from flash_bla.layers.dense import Linear
 from flash_bla.layers.position import resample_encoding, resample_entry
 from flash_bla.layers.tokens import count_prefix_tokens, head_width, merge_heads, split_heads
 from flash_bla.tracing import is_exporting
@@ -75,9 +76,9 @@ class WindowAttention(nn.Module):
             raise ValueError(f"window_size must be positive, got {window_size}")
         height, width = _table_size(self.window_size)
         self.relative_position_bias_table = nn.Parameter(torch.empty(height * width, num_heads, **dd))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
         self.register_load_state_dict_pre_hook(_resample_on_load)

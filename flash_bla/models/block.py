@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
-from flash_bla.layers import LayerNorm, create_attention
+from flash_bla.layers import LayerNorm, Mlp, create_attention
 
 
 class Block(nn.Module):

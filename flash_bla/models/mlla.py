@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, LayerNorm
+from flash_bla.layers import DepthwiseConv, LayerNorm, Linear
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
 from flash_bla.models.registry import Family
+from flash_bla.ops import linear
 
 NORM_EPS = 1e-5
 
@@ -78,6 +80,7 @@ class Stem(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
+@register_notrace_module  # torch.fx must not trace into it: it asks for the type of tensors
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution of tokens, which is a linear layer with the entries of a convolution."""
 
@@ -86,7 +89,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, N, in_dim)`` to ``(B, N, dim)``."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return linear(x, self.weight.flatten(1), self.bias)
 
 
 class Downsample(nn.Sequential):
@@ -133,10 +136,10 @@ class MambaLikeBlock(Block):
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, *args, norm_eps=NORM_EPS, **kwargs, **dd)
         self.cpe1 = DepthwiseConv(dim, 3, **dd)
-        self.act_proj = nn.Linear(dim, dim, **dd)
-        self.in_proj = nn.Linear(dim, dim, **dd)
+        self.act_proj = Linear(dim, dim, **dd)
+        self.in_proj = Linear(dim, dim, **dd)
         self.dwc = DepthwiseConv(dim, 3, **dd)
-        self.out_proj = nn.Linear(dim, dim, **dd)
+        self.out_proj = Linear(dim, dim, **dd)
         self.cpe2 = DepthwiseConv(dim, 3, **dd)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

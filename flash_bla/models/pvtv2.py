@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, LayerNorm
+from flash_bla.layers import DepthwiseConv, LayerNorm, Linear
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import (
     ConvEmbed,
@@ -34,9 +34,9 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.fc1 = Linear(dim, hidden_dim, **dd)
         self.dwconv = DepthwiseConv(hidden_dim, 3, **dd)
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.fc2 = Linear(hidden_dim, dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, RankAugmentedLinearAttention
+from flash_bla.layers import DepthwiseConv, Linear, RankAugmentedLinearAttention
 from flash_bla.layers.tokens import scale_outputs
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
@@ -56,9 +56,9 @@ class ConvFeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.fc1 = Linear(dim, hidden_dim, **dd)
         self.dwconv = DepthwiseConv(hidden_dim, 3, **dd)
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.fc2 = Linear(hidden_dim, dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -94,10 +94,10 @@ class RavltBlock(Block):
 
     def fuse(self) -> None:
         """Folds the layer scales into the layers before them, for ``fuse_for_inference``."""
-        if isinstance(self.attn, RankAugmentedLinearAttention) and type(self.attn.proj) is nn.Linear:
+        if isinstance(self.attn, RankAugmentedLinearAttention) and type(self.attn.proj) is Linear:
             scale_outputs(self.attn.proj, self.gamma_1.flatten())
             self.gamma_1 = None
-        if type(self.mlp.fc2) is nn.Linear:
+        if type(self.mlp.fc2) is Linear:
             scale_outputs(self.mlp.fc2, self.gamma_2.flatten())
             self.gamma_2 = None
 

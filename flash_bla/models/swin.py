@@ -8,7 +8,7 @@ from typing import Any
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from flash_bla.layers import LayerNorm
+from flash_bla.layers import LayerNorm, Linear
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import (
     ConvEmbed,
@@ -35,7 +35,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm = LayerNorm(4 * in_dim, eps=NORM_EPS, **dd)
-        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
+        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, H, W, C)`` to ``(B, H/2, W/2, dim)``, with odd sides padded."""

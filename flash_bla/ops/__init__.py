@@ -3,6 +3,7 @@
 from flash_bla.ops.depthwise_conv import depthwise_conv
 from flash_bla.ops.feature_maps import FeatureMap, focusing_power, signed_power
 from flash_bla.ops.layer_norm import add_layer_norm
+from flash_bla.ops.linear import linear
 from flash_bla.ops.linear_attention import decoupled_la, linear_attention, simple_la, varlen_linear_attention
 from flash_bla.ops.piecewise_sparse import piecewise_sparse_attention
 
@@ -12,6 +13,7 @@ __all__ = [
     "decoupled_la",
     "depthwise_conv",
     "focusing_power",
+    "linear",
     "linear_attention",
     "piecewise_sparse_attention",
     "signed_power",

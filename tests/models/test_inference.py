@@ -72,7 +72,7 @@ def test_replaced_linear_layers_stay(name):
     model = create(name, dtype=torch.float64)
     for module in list(model.modules()):
         for key in ("qkvg", "proj", "fc2"):
-            if type(getattr(module, key, None)) is nn.Linear:
+            if isinstance(getattr(module, key, None), nn.Linear):
                 setattr(module, key, Adapter(getattr(module, key)))
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
