@@ -6,16 +6,18 @@
 
 Random images (channels last) and weights, bfloat16 autocast. Inference is a forward pass, training a forward pass,
 cross entropy, backward pass and fused AdamW; "-compiled" is torch.compile in its default mode, for each image size
-anew. Rows go to OUTPUT/models.csv, where they replace older ones of the same key, so that one table can be measured
-in several calls; what failed is a row that says why. The tables (models.md) and plots beside it are made from that
-file alone.
+anew, in a process of its own: JOBS of them compile at a time, and then each is measured alone. Rows go to
+OUTPUT/models.csv, where they replace older ones of the same key, so that one table can be measured in several calls;
+what failed is a row that says why. The tables (models.md) and plots beside it are made from that file alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -82,10 +84,17 @@ def make_step(name: str, mode: str, size: int, batch: int, device: torch.device)
     return train
 
 
-def measure(name: str, mode: str, size: int, batch: int, device: torch.device, seconds: float) -> dict[str, object]:
-    """Images a second, the most memory held during the steps, and the time of the first one, compilation included."""
+def measure(
+    name: str, mode: str, size: int, batch: int, device: torch.device, seconds: float, wait: Callable = lambda: None
+) -> dict[str, object]:
+    """Images a second, the most memory held during the steps, and the time of the first one, compilation included.
+
+    After the first step it waits for its turn.
+    """
     step = make_step(name, mode, size, batch, device)
     first = timing.finished_seconds(step, device)
+    empty_cache(device)
+    wait()
     for _ in range(WARM_UP):
         step()
     timing.synchronize(device)
@@ -103,22 +112,68 @@ def measure(name: str, mode: str, size: int, batch: int, device: torch.device, s
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, object]]:
     where = timing.machine(device)
-    for size, batch in args.sizes:
-        for name in args.models:
-            for mode in args.modes:
-                try:
-                    figures = measure(name, mode, size, batch, device, args.seconds)
-                except Exception as error:  # whatever it is, the other models are measured
-                    figures = {"error": describe(error)}
-                torch.compiler.reset()
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                text = "  ".join(
-                    f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in figures.items()
-                )
-                print(f"{name:30s}{mode:20s}{size:5d}:{batch:<4d} {text}", flush=True)
-                yield {"model": name, "mode": mode, "size": size, "batch": batch} | figures | where
+    cases = [(name, mode, size, batch) for size, batch in args.sizes for name in args.models for mode in args.modes]
+    eager = [case for case in cases if not case[1].endswith("-compiled")]
+    compiled = [case for case in cases if case not in eager]
+    results = [measure_eager(eager, device, args.seconds)]
+    results += [measure_compiled(compiled[i : i + args.jobs], args.seconds) for i in range(0, len(compiled), args.jobs)]
+    for (name, mode, size, batch), figures in (result for part in results for result in part):
+        text = "  ".join(f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in figures.items())
+        print(f"{name:30s}{mode:20s}{size:5d}:{batch:<4d} {text}", flush=True)
+        yield {"model": name, "mode": mode, "size": size, "batch": batch} | figures | where
+
+
+Case = tuple[str, str, int, int]
+
+
+def measure_eager(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[tuple[Case, dict]]:
+    for case in cases:
+        yield case, measure_or_describe(case, device, seconds)
+        gc.collect()
+        empty_cache(device)
+
+
+def measure_compiled(cases: Sequence[Case], seconds: float) -> Iterator[tuple[Case, dict]]:
+    """All compile at a time; then they are measured one by one."""
+    command = [sys.executable, "-m", "benchmarks.models", "--seconds", str(seconds), "--worker"]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
+    workers = [subprocess.Popen([*command, json.dumps(case)], **options) for case in cases]
+    answers = [_answer(worker) for worker in workers]
+    for case, worker, answer in zip(cases, workers, answers, strict=True):
+        if answer == {"ready": True}:
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            answer = _answer(worker)
+        worker.communicate()
+        yield case, answer
+
+
+def _answer(worker: subprocess.Popen) -> dict:
+    """The next line of JSON that a worker writes."""
+    line = next((line for line in worker.stdout if line.startswith("{")), None)
+    return {"error": "the process died"} if line is None else json.loads(line)
+
+
+def work(case: Case, device: torch.device, seconds: float) -> None:
+    """A process of ``measure_compiled``."""
+
+    def wait() -> None:
+        print(json.dumps({"ready": True}), flush=True)
+        sys.stdin.readline()
+
+    print(json.dumps(measure_or_describe(case, device, seconds, wait)), flush=True)
+
+
+def measure_or_describe(case: Case, device: torch.device, seconds: float, wait: Callable = lambda: None) -> dict:
+    try:
+        return measure(*case, device, seconds, wait)
+    except Exception as error:  # whatever it is, the other models are measured
+        return {"error": describe(error)}
+
+
+def empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def describe(error: Exception) -> str:
@@ -261,6 +316,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
                         default=[_parse_size(size) for size in SIZES])  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each measurement")
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--profile", metavar="MODEL", help="write the kernels of a training step at the first size")
     parser.add_argument("--plot-only", action="store_true", help="measure nothing")
     return parser.parse_args(argv)
@@ -275,6 +332,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measurements and report, or a profile."""
     args = parse(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.worker:
+        work(args.worker, device, args.seconds)
+        return
     if args.profile:
         args.output.mkdir(parents=True, exist_ok=True)
         text = profile(args.profile, *args.sizes[0], device)

@@ -74,6 +74,13 @@ def test_from_measurement_to_table_and_plots(tiny, tmp_path):
     assert "## 12 × 12, batch 1" in (output / "models.md").read_text()
 
 
+def test_processes_measure_in_turn():
+    cases = [("linear_vit_tiny", "inference", 32, 2), ("no_such_model", "inference", 32, 2)]
+    (first, figures), (second, failure) = models.measure_compiled(cases, 0.01)
+    assert (first, second) == tuple(cases)
+    assert figures["images_s"] > 0 and "no_such_model" in failure["error"]
+
+
 def test_the_table():
     shared = {"size": "1024", "batch": "8", "device": "H200", "torch": "2.11", "triton": "3.6", "timm": "1.0.29",
               "date": "2026-11-21", "error": "", "images_s": "", "peak_gb": ""}  # fmt: skip
