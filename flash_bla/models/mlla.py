@@ -6,8 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from flash_bla.layers import DepthwiseConv, LayerNorm, Linear
@@ -15,9 +14,10 @@ from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
 from flash_bla.models.registry import Family
-from flash_bla.ops import linear
+from flash_bla.ops import linear, silu_gate
 
 NORM_EPS = 1e-5
+register_notrace_function(silu_gate)  # torch.fx must not trace into it: it asks for the type of tensors
 
 
 class ConvLayer(nn.Sequential):
@@ -146,9 +146,9 @@ class MambaLikeBlock(Block):
         """``(B, N, C)`` to ``(B, N, C)``."""
         x = self.cpe1(x, grid, residual=True)
         y, x = self.norm1(x, residual=True)
-        gate = F.silu(self.act_proj(y))
+        gate = self.act_proj(y)
         y = self.attn(self.dwc(self.in_proj(y), grid, activation="silu"), grid)
-        x = x + self.drop_path1(self.out_proj(y * gate))
+        x = x + self.drop_path1(self.out_proj(silu_gate(y, gate)))
         y, x = self.norm2(self.cpe2(x, grid, residual=True), residual=True)
         return x + self.drop_path2(self.mlp(y))
 

@@ -6,6 +6,7 @@ from flash_bla.ops.layer_norm import add_layer_norm
 from flash_bla.ops.linear import linear
 from flash_bla.ops.linear_attention import decoupled_la, linear_attention, simple_la, varlen_linear_attention
 from flash_bla.ops.piecewise_sparse import piecewise_sparse_attention
+from flash_bla.ops.silu_gate import silu_gate
 
 __all__ = [
     "FeatureMap",
@@ -17,6 +18,7 @@ __all__ = [
     "linear_attention",
     "piecewise_sparse_attention",
     "signed_power",
+    "silu_gate",
     "simple_la",
     "varlen_linear_attention",
 ]

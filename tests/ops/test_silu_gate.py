@@ -1,0 +1,25 @@
+"""The SiLU gate against its definition in float64."""
+
+import pytest
+import torch
+
+from flash_bla.ops import silu_gate
+from flash_bla.ops.triton_support import HAS_TRITON
+from tests.ops.cases import DEVICE, TOLERANCE
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_equals_its_definition(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, gate, dy = (4 * torch.randn(3, 7, 130, generator=generator).to(DEVICE, dtype) for _ in range(3))
+    x = x.transpose(0, 1)
+    gate[0, 0, :2] = torch.tensor([-100.0, 100.0])
+    dy, gate = dy.transpose(0, 1), gate.transpose(0, 1)
+    leaves = [y.detach().requires_grad_() for y in (x, gate)]
+    wide = [y.detach().double().requires_grad_() for y in (x, gate)]
+    y, expected = silu_gate(*leaves, backend="triton"), wide[0] * wide[1] * wide[1].sigmoid()
+    results = [y, *torch.autograd.grad(y, leaves, dy)]
+    wanted = [expected, *torch.autograd.grad(expected, wide, dy.double())]
+    for got, want in zip(results, wanted, strict=True):
+        assert got.dtype == dtype and (got.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
