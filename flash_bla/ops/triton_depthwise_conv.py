@@ -446,6 +446,7 @@ class _Blocks(NamedTuple):
     strips: int
     programs: int  # on a block of channels
     ahead: int
+    places: int  # for programs on a block of channels at a time
 
 
 @lru_cache(maxsize=1024)
@@ -466,7 +467,8 @@ def _blocks(
         return cdiv(programs, places) * (cdiv(height, segments) + kernel_size + 3)
 
     depth = cdiv(height, min(range(1, max(1, height // kernel_size) + 1), key=duration))
-    return _Blocks(columns, depth, block_c, strips, groups * cdiv(height, depth), ahead)
+    places = max(1, places // cdiv(channels, block_c))
+    return _Blocks(columns, depth, block_c, strips, groups * cdiv(height, depth), ahead, places)
 
 
 class _Image(NamedTuple):
@@ -499,7 +501,7 @@ def _images(x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: 
 
 def _launch_on(
     image: _Image, kernel, resident: int, maxnreg: int | None, source: tuple[int, int], target: tuple[int, int],
-    tensors: dict[str, Tensor | None], pointers: dict[str, Tensor | None], **options,
+    tensors: dict[str, Tensor | None], pointers: dict[str, Tensor | None], programs: int | None = None, **options,
 ) -> None:  # fmt: skip
     """Runs a kernel over an image, from a source to a target of these heights and widths."""
     if image.tokens is not None:
@@ -515,7 +517,8 @@ def _launch_on(
         )  # fmt: skip
         for name, x in tensors.items():
             arguments[f"{name}_strides"] = (0, 0) if x is None else x.stride()[:2]
-        return (blocks.programs * cdiv(channels, blocks.block_c), 1, 1), maxnreg, arguments
+        count = blocks.programs if programs is None else programs
+        return (count * cdiv(channels, blocks.block_c), 1, 1), maxnreg, arguments
 
     pointers = pointers | {f"{name}_ptr": x for name, x in tensors.items()}
     launch(kernel, pointers, (source, target, *options.values()), describe)
@@ -604,16 +607,18 @@ def _backward(
         # more programs at a time, if that many registers are enough
         resident, maxnreg = (2, None) if k > 5 or sloped or (k == 5 and dx is not None and of_filters) else (3, 168)
         source = image.height, image.width
-        partial = None
+        partial = programs = None
         if of_filters:
             images, _, channels = x.shape
-            programs = _blocks(images, *source, channels, k, resident, x.device).programs
+            blocks = _blocks(images, *source, channels, k, resident, x.device)
+            # each goes on until all is done: there are fewer shares to add
+            programs = min(blocks.programs, blocks.places)
             partial = x.new_empty((programs, k * k + 1, channels), dtype=torch.float32)
         tensors = dict(dz=dz, x=x if of_filters or sloped else None, dx=dx)
         _launch_on(
             image, gradient_kernel, resident, maxnreg, _output_size(*source, stride), source, tensors,
-            {"filters_ptr": image.filters, "partial_ptr": partial}, STRIDE=stride, RESIDUAL=residual, INPUT=of_input,
-            INPUT_DERIVATIVE=of_input_derivative if sloped else None,
+            {"filters_ptr": image.filters, "partial_ptr": partial}, programs, STRIDE=stride, RESIDUAL=residual,
+            INPUT=of_input, INPUT_DERIVATIVE=of_input_derivative if sloped else None,
         )  # fmt: skip
         if of_filters:
             _reduce(partial, d_weight, d_bias, weight)
