@@ -89,7 +89,7 @@ def run_command(words: list[str]) -> None:
 
 def test_all_that_can_run_here_runs_in_order(folder):
     blocks = [block for block in BLOCKS if block.runs_here]
-    assert [sum(block.language == language for block in blocks) for language in ("python", "bash")] == [12, 6]
+    assert [sum(block.language == language for block in blocks) for language in ("python", "bash")] == [13, 6]
     namespace = {"__name__": "readme"}
     for block in blocks:
         if block.language == "python":
