@@ -15,9 +15,13 @@ from triton.compiler import ASTSource
 
 from flash_bla.ops import feature_maps
 from flash_bla.ops import triton_depthwise_conv as conv
+from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_support as support
+from flash_bla.ops.triton_column_sums import column_sums
+
+silu_gate = sys.modules["flash_bla.ops.silu_gate"]  # the package has a function of that name
 
 # target and its shared memory per block, in KiB
 TARGETS = {
@@ -97,6 +101,16 @@ def depthwise_conv(dtype, D):
     conv._backward(y, [True, True, False, False, False], *arguments)
 
 
+def around_attention(dtype, D):
+    """Forward and backward pass of layer norm and gate, and the gradient of a bias."""
+    x, weight = torch.empty((128, D), dtype=dtype, device="meta"), torch.empty(D, device="meta")
+    layer_norm.layer_norm_forward(x, x, weight, weight, 1e-5, dtype)
+    layer_norm.layer_norm_backward(x, x, x, weight, 1e-5, True)
+    silu_gate._launch(silu_gate.gate_kernel, dict(x_ptr=x, gate_ptr=x, y_ptr=x))
+    silu_gate._launch(silu_gate.gate_gradient_kernel, dict(dy_ptr=x, x_ptr=x, gate_ptr=x, dx_ptr=x, d_gate_ptr=x))
+    column_sums(x)
+
+
 def kind(value):
     if isinstance(value, tuple):
         return tuple(kind(x) for x in value)
@@ -139,7 +153,8 @@ def main(targets):
         runs.append((what, dtype, module, partial(linear, VARIANTS[label], dtype, D, N)))
     for dtype, D, block in ((torch.bfloat16, 128, 64), (torch.float16, 64, 128), (torch.float32, 128, 64)):
         runs.append((f"blocks of {block}, D={D}, {dtype}", dtype, sparse, partial(piecewise_sparse, dtype, D, block)))
-    runs.append((f"gelu, C=64, {torch.bfloat16}", torch.bfloat16, conv, partial(depthwise_conv, torch.bfloat16, 64)))
+    for run in (depthwise_conv, around_attention):
+        runs.append((f"C=64, {torch.bfloat16}", torch.bfloat16, support, partial(run, torch.bfloat16, 64)))
     for name in targets:
         target, limit = TARGETS[name]
         # as an import on such a machine does

@@ -1,5 +1,7 @@
 """The linear layer of mixed-precision training against ``F.linear`` in float64."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,13 @@ from flash_bla.ops import linear
 from flash_bla.ops.triton_support import HAS_TRITON
 from tests.ops.cases import DEVICE
 
+linear_module = sys.modules["flash_bla.ops.linear"]
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
+
+
+@pytest.fixture(autouse=True)
+def small_is_large(monkeypatch):
+    monkeypatch.setattr(linear_module, "LARGE", 1)
 
 
 def make_inputs(shape, D, dtype):
