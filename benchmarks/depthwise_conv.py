@@ -193,11 +193,16 @@ def table(rows: list[dict[str, str]]) -> str:
     for (shape, which), by_backend in groups.items():
         if (mine := by_backend.get("triton")) is None:
             continue
-        others = [(float(row["time_us"]), name) for name, row in by_backend.items() if name != "triton"]
+        parts = [groups.get((shape, part), {}) for part in (("input", "filters") if which == "both" else (which,))]
+        names = set.intersection(*(set(part) for part in parts)) - {"triton"}
+        others = [(sum(float(part[name]["time_us"]) for part in parts), name) for name in names]
         best = "{:.0f} ({})".format(*min(others)) if others else "–"
         share = f"{float(mine['percent_of_roofline']):.0f} %"
         body.append([shape, which, f"{float(mine['time_us']):.0f}", share, best])
-    text = "Time in µs. The name of a shape is filters, stride, channels and the side of the map."
+    text = (
+        "Time in µs; batch 128, bfloat16. The name of a shape is filters, stride, channels and the side of the map;\n"
+        "for both gradients PyTorch's time is the sum of the two."
+    )
     header = ["shape", "pass", "Triton", "of the roofline", "best of PyTorch"]
     return "\n".join(["# Depthwise convolution\n", measured_on(rows) + "\n", text + "\n", markdown(header, body)])
 
