@@ -21,6 +21,7 @@ from flash_bla.ops.triton_kernels import (
     reduce_kernel,
     state_kernel,
 )
+from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
 from flash_bla.ops.triton_support import call, cdiv, multiprocessors, precision
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -56,9 +57,27 @@ class _Problem(NamedTuple):
         return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     @property
+    def longest(self) -> int:
+        return max(self.q.shape[2], self.k.shape[2])
+
+    @property
     def short(self) -> bool:
-        """Whether the backward pass sums the keys again: their state would be as large as they are."""
-        return self.cu_seqlens is None and max(self.q.shape[2], self.k.shape[2]) <= 4 * self.q.shape[3]
+        """Whether a sequence is never split."""
+        return self.cu_seqlens is None and self.longest <= 4 * self.q.shape[3]
+
+    @property
+    def sums_keys_again(self) -> bool:
+        """Whether the backward pass does: the state would be about as large as keys and values are."""
+        return self.short and self.longest <= 2 * self.q.shape[3]
+
+    @property
+    def single(self) -> bool:
+        """Whether the kernels for sequences of one tile do all that is asked for."""
+        extras = (self.q_denominator, self.parameter, self.query_weight, self.key_weight, self.cos)
+        return (
+            self.sums_keys_again and self.longest <= 64 and max(self.q.shape[3], self.v.shape[3]) <= 64
+            and self.q.dtype == torch.bfloat16 and self.normalize and all(x is None for x in extras)
+        )  # fmt: skip
 
     def empty_state(self, splits: int) -> Tensor:
         """S, and z as its last row, for each split."""
@@ -68,7 +87,7 @@ class _Problem(NamedTuple):
 
     def saved_state(self) -> Tensor:
         """What the forward pass leaves for the backward pass."""
-        return self.q.new_empty(0, dtype=torch.float32) if self.short else self.empty_state(1)[0]
+        return self.q.new_empty(0, dtype=torch.float32) if self.sums_keys_again else self.empty_state(1)[0]
 
     def empty_output(self) -> Tensor:
         B, H, N, _ = self.q.shape
@@ -142,6 +161,7 @@ class _Tuning(NamedTuple):
     resident: int  # programs on a multiprocessor at a time, as far as registers allow
     num_stages: int  # of the loads' pipeline
     maxnreg: int | None  # registers of a thread
+    persistent: bool = False  # no more programs than are resident
 
 
 # For tiles of at most 32 columns, and for wider ones.
@@ -150,8 +170,10 @@ _TUNING = {
     output_kernel: (_Tuning(64, 5, 3, 96), _Tuning(64, 5, 3, 96)),
     query_gradient_kernel: (_Tuning(32, 4, 3, 128), _Tuning(32, 2, 3, None)),
     key_gradient_kernel: (_Tuning(32, 3, 3, 168), _Tuning(32, 2, 3, None)),
-    forward_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
-    backward_kernel: (_Tuning(64, 2, 1, None), _Tuning(64, 2, 1, None)),
+    forward_kernel: (_Tuning(64, 4, 3, 128), _Tuning(64, 4, 3, 128)),
+    backward_kernel: (_Tuning(64, 2, 3, None), _Tuning(64, 2, 3, None)),
+    single_forward_kernel: (_Tuning(0, 5, 2, None, True), _Tuning(0, 3, 2, None, True)),
+    single_backward_kernel: (_Tuning(0, 4, 1, 128), _Tuning(0, 2, 1, None)),
 }
 
 
@@ -167,6 +189,9 @@ def _plan(kernel, D: int, D_v: int, heads: int, itemsize: int, flags: tuple) -> 
     block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * itemsize)))
     if config.SIGNED or itemsize > 2 or max(block_d, block_dv) > 64:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
+    extras = config.ROPE or config.DECOUPLED or config.PARAMETER or config.QUERY_WEIGHT or config.KEY_WEIGHT
+    if kernel in (forward_kernel, backward_kernel) and extras:  # their pipelines would need too much of both
+        tuning = tuning._replace(num_stages=1)
     return config._replace(BLOCK_N=block_n), tuning
 
 
@@ -184,8 +209,12 @@ def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None
     C, tuning = problem.plan(kernel)
     programs = problem.programs(C)
     if programs > 0:
-        grid = (programs, splits, 1)
-        call(kernel, grid, arguments | dict(C=C), _warps(C), num_stages=tuning.num_stages, maxnreg=tuning.maxnreg)
+        places = tuning.resident * multiprocessors(problem.q.device) if tuning.persistent else programs
+        # a loop of one tile needs no pipeline
+        num_stages = tuning.num_stages if tuning.persistent or problem.longest > C.BLOCK_N else 1
+        grid = (min(programs, places), splits, 1)
+        arguments = arguments | dict(C=C, programs=programs)
+        call(kernel, grid, arguments, _warps(C), num_stages=num_stages, maxnreg=tuning.maxnreg)
 
 
 def _split(kernel, problem: _Problem, length: int) -> int:
@@ -218,27 +247,33 @@ def _reduce(partial: Tensor) -> Tensor:
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
+def _attend(p: _Problem, keep_state: bool = True) -> tuple[Tensor, Tensor]:
+    """The output, and for the backward pass the keys' state, of no elements if it sums the keys again."""
+    o = p.empty_output()
+    arguments = p.arguments() | _with_strides(dict(o=o))
+    if _fits(forward_kernel, p):
+        state = p.saved_state() if keep_state else p.q.new_empty(0, dtype=torch.float32)
+        kernel = single_forward_kernel if p.single else forward_kernel
+        _launch(kernel, p, arguments | dict(state_ptr=state if state.numel() > 0 else None))
+        return o, state
+    splits = _split(state_kernel, p, p.k.shape[2])
+    state = p.empty_state(splits)
+    _launch(state_kernel, p, arguments | dict(state_ptr=state), splits)
+    state = _reduce(state)
+    _launch(output_kernel, p, arguments | dict(state_ptr=state), _split(output_kernel, p, p.q.shape[2]))
+    return o, state
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None, k_denominator: Tensor | None,
     parameter: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
     sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, feature_map: str, exponent: int, normalize: bool,
     scale: float | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output, and for the backward pass the keys' state, of no elements if it sums the keys again."""
-    p = _Problem(q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
-                 max_seqlen, feature_map, exponent, normalize, scale, eps)  # fmt: skip
-    o = p.empty_output()
-    arguments = p.arguments() | _with_strides(dict(o=o))
-    if _fits(forward_kernel, p):
-        state = p.saved_state()
-        _launch(forward_kernel, p, arguments | dict(state_ptr=None if p.short else state))
-        return o, state
-    splits = _split(state_kernel, p, k.shape[2])
-    state = p.empty_state(splits)
-    _launch(state_kernel, p, arguments | dict(state_ptr=state), splits)
-    state = _reduce(state)
-    _launch(output_kernel, p, arguments | dict(state_ptr=state), _split(output_kernel, p, q.shape[2]))
-    return o, state
+    return _attend(
+        _Problem(q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
+                 max_seqlen, feature_map, exponent, normalize, scale, eps)
+    )  # fmt: skip
 
 
 linear_attention_forward = torch.library.custom_op("flash_bla::linear_attention_forward", _forward, mutates_args=())
@@ -271,12 +306,15 @@ def _backward(
     def empty_parameter_gradient(splits: int) -> Tensor:
         return q.new_empty((splits, p.sequences, *parameter.shape) if parameter is not None else 0, dtype=torch.float32)
 
+    if p.single:
+        _launch(single_backward_kernel, p, arguments if keys else arguments | dict(dk_ptr=None, dv_ptr=None))
+        return dq, dk, dv, dqd, dkd, empty_parameter_gradient(1), dwq, dwk
     if keys and _fits(backward_kernel, p):
         da = empty_parameter_gradient(1)
-        _launch(backward_kernel, p, arguments | dict(state_ptr=None if p.short else state, da_ptr=da))
+        _launch(backward_kernel, p, arguments | dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da))
         da = da.sum((0, 1)) if parameter is not None else da
         return dq, dk, dv, dqd, dkd, da, dwq, dwk
-    if p.short:
+    if p.sums_keys_again:
         state = p.empty_state(1)[0]
         _launch(state_kernel, p, arguments | dict(state_ptr=state))
     splits = _split(query_gradient_kernel, p, q.shape[2])
@@ -382,13 +420,18 @@ def linear_attention(
     cos, sin = (None, None) if rope is None else (table.float() for table in rope)
     parameter = None if feature_map.parameter is None else feature_map.parameter.float().contiguous()
     query_weight, key_weight = (None if w is None else w.float() for w in (query_weight, key_weight))
-    run = _Eager.apply if _is_eager(q) else linear_attention_forward
+    eager = _is_eager(q)
 
     def attend(v: Tensor) -> Tensor:
-        return run(
+        inputs = (
             q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
             max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, eps,
-        )[0]  # fmt: skip
+        )  # fmt: skip
+        if not eager:
+            return linear_attention_forward(*inputs)[0]
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            return _Eager.apply(*inputs)[0]
+        return _attend(_Problem(*inputs), keep_state=False)[0]  # no state for a backward pass that will not come
 
     signs = 2 if feature_map.signed else 1
     widest = widest_values(q, signs)

@@ -33,7 +33,7 @@ except ImportError:
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 # Lengths and counts are never specialised: a new sequence length compiles nothing.
-NOT_SPECIALIZED = ["length", "query_length", "key_length", "heads", "splits", "blocks", "kept"]
+NOT_SPECIALIZED = ["length", "query_length", "key_length", "heads", "splits", "blocks", "kept", "programs"]
 
 
 @jit
@@ -87,6 +87,7 @@ def call(
     key = (
         kernel,
         device,
+        num_stages,
         *((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x
           for name, x in zip(kernel.arg_names, values, strict=True) if name not in NOT_SPECIALIZED),
     )  # fmt: skip
