@@ -144,7 +144,11 @@ def compile_launch(kernel, arguments, options, target, precision):
 def main(targets):
     # every variant with split sequences, short ones, then other operand types and the widest heads
     cases = [(label, torch.bfloat16, 32, 5000) for label in VARIANTS]
-    cases += [("plain", torch.bfloat16, 64, 50), ("plain", torch.bfloat16, 64, 200), ("signed", torch.bfloat16, 64, 100)]
+    cases += [
+        ("plain", torch.bfloat16, 64, 50),
+        ("plain", torch.bfloat16, 64, 200),
+        ("signed", torch.bfloat16, 64, 100),
+    ]
     cases += [(label, dtype, D, 5000) for label in ("plain", "signed")
               for dtype, D in ((torch.float16, 64), (torch.float32, 256))]  # fmt: skip
     runs = []
