@@ -114,7 +114,7 @@ class _Problem(NamedTuple):
             self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
             any(_is_wide(x) for x in (self.q, self.k, self.v)),
         )  # fmt: skip
-        return _plan(kernel, D, self.v.shape[3], H, self.q.element_size(), flags)
+        return _plan(kernel, D, self.v.shape[3], H, self.q.dtype, flags)
 
     def programs(self, C: Config) -> int:
         return self.sequences * cdiv(self.q.shape[1], C.GROUP)
@@ -178,7 +178,7 @@ _TUNING = {
 
 
 @lru_cache(maxsize=1024)
-def _plan(kernel, D: int, D_v: int, heads: int, itemsize: int, flags: tuple) -> tuple[Config, _Tuning]:
+def _plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, flags: tuple) -> tuple[Config, _Tuning]:
     """Sides of the tiles, all of D and D_v and as many rows as a program's registers hold, and the tuning."""
     group = 1
     if D == D_v and D in (8, 16, 32):
@@ -186,6 +186,9 @@ def _plan(kernel, D: int, D_v: int, heads: int, itemsize: int, flags: tuple) -> 
     block_d, block_dv = (max(16, 1 << (width * group - 1).bit_length()) for width in (D, D_v))
     tuning = _TUNING[kernel][max(block_d, block_dv) > 32]
     config = Config(D, D_v, group, 0, block_d, block_dv, *flags)
+    itemsize = dtype.itemsize
+    if config.SIGNED and dtype != torch.bfloat16:
+        itemsize = 4  # of the operands, of which the two signs hold twice as many
     block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * itemsize)))
     if config.SIGNED or itemsize > 2 or max(block_d, block_dv) > 64:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
