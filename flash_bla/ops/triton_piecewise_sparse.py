@@ -74,10 +74,61 @@ def statistics_kernel(
 
 
 @jit
-def _weigh(logits, maximum):
+def _count(scores_ptr, threshold, blocks, ABOVE: tl.constexpr, BLOCK_J: tl.constexpr):
+    """How many of a row's scores reach the threshold, or lie above it."""
+    count = 0
+    for start in range(0, blocks, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        key = _sortable(tl.load(scores_ptr + j, mask=j < blocks))
+        count += tl.sum(((j < blocks) & (key > threshold if ABOVE else key >= threshold)).to(tl.int32), 0)
+    return count
+
+
+@jit
+def _sortable(x):
+    """Unsigned integers in the order of floating-point numbers."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def choice_kernel(scores_ptr, chosen_ptr, is_kept_ptr, blocks, kept, BLOCK_J: tl.constexpr):
+    """Of a row of scores the highest ones' indices, ascending, and marks; of equal scores the first."""
+    row = tl.program_id(0).to(tl.int64)
+    scores_ptr += row * blocks
+    threshold = (row * 0).to(tl.uint32)  # a score that exactly those to be kept reach, or equal; found bit by bit
+    bit = threshold + 2147483648
+    count = blocks
+    while (bit > 0) & (count != kept):
+        reached = _count(scores_ptr, threshold | bit, blocks, False, BLOCK_J)
+        if reached >= kept:
+            threshold |= bit
+            count = reached
+        bit = bit >> 1
+    ties = kept - _count(scores_ptr, threshold, blocks, True, BLOCK_J)  # to be kept of the scores that equal it
+    position = row * kept
+    for start in range(0, blocks, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        key = _sortable(tl.load(scores_ptr + j, mask=j < blocks))
+        is_tied = ((j < blocks) & (key == threshold)).to(tl.int32)
+        is_kept = (((j < blocks) & (key > threshold)) | ((is_tied > 0) & (tl.cumsum(is_tied, 0) <= ties))).to(tl.int32)
+        tl.store(is_kept_ptr + row * blocks + j, is_kept.to(tl.uint8), mask=j < blocks)
+        tl.store(chosen_ptr + position + tl.cumsum(is_kept, 0) - 1, j, mask=is_kept > 0)
+        position += tl.sum(is_kept, 0)
+        ties -= tl.sum(is_tied, 0)
+
+
+@jit
+def _load(pointers, mask, FULL: tl.constexpr):
+    """A tile, of which everything is there if FULL."""
+    return tl.load(pointers) if FULL else tl.load(pointers, mask=mask, other=0.0)
+
+
+@jit
+def _weigh(logits, scale, maximum):
     """Weights under the new running maximum, that maximum, and the factor for what was summed under the old one."""
-    new = tl.maximum(maximum, tl.max(logits, 1))
-    return tl.exp2(logits - new[:, None]), new, tl.exp2(maximum - new)
+    new = tl.maximum(maximum, tl.max(logits, 1) * scale)
+    return tl.exp2(logits * scale - new[:, None]), new, tl.exp2(maximum - new)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -86,14 +137,16 @@ def attention_kernel(
     chosen_ptr, is_kept_ptr, length, heads, blocks, kept, scale,
     OPERAND: tl.constexpr, SLOPE_OPERAND: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output of BLOCK_M queries of one block.
 
-    chosen (B, H, blocks, kept) lists the blocks that a block of queries keeps, is_kept (B, H, blocks, blocks) marks
-    them; slope is H · scale / N.
+    chosen (B, H, blocks, kept) lists the blocks that a block of queries keeps in ascending order, is_kept (B, H,
+    blocks, blocks) marks them; slope is H · scale / N.
     """
     PARTS: tl.constexpr = BLOCK // BLOCK_M
     TILES: tl.constexpr = BLOCK // BLOCK_N
+    FULL: tl.constexpr = D == BLOCK_D
     program = tl.program_id(0).to(tl.int64)
     block_row = program // PARTS  # of chosen and is_kept
     sequence = block_row // blocks  # batch and head in one
@@ -104,56 +157,58 @@ def attention_kernel(
     columns = (d < D)[None, :]
     mask = (m < length)[:, None] & columns
     q_ptr += batch * q_strides[0] + head * q_strides[1]
-    k_ptr += batch * k_strides[0] + head * k_strides[1]
-    v_ptr += batch * v_strides[0] + head * v_strides[1]
     o_ptr += batch * o_strides[0] + head * o_strides[1]
+    k_tile = _tile(k_ptr + batch * k_strides[0] + head * k_strides[1], n, d, k_strides[2], k_strides[3])
+    v_tile = _tile(v_ptr + batch * v_strides[0] + head * v_strides[1], n, d, v_strides[2], v_strides[3])
+    chosen_ptr += block_row * kept
     q = tl.load(_tile(q_ptr, m, d, q_strides[2], q_strides[3]), mask=mask, other=0.0).to(OPERAND)
-    scale *= 1.4426950408889634  # exponentials are powers of two
+    q = tl.where(scale < 0, -q, q)  # so that the largest product has the largest logit
+    scale = tl.maximum(tl.abs(scale), 1e-30) * 1.4426950408889634  # exponentials are powers of two
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     # the tokens of the blocks that are kept; the first tile holds a token, and so the maximum is finite after it
-    for step in range(kept * TILES):
-        start = tl.load(chosen_ptr + block_row * kept + step // TILES) * BLOCK + step % TILES * BLOCK_N
+    for step in tl.range(kept * TILES, num_stages=STAGES):
+        start = tl.load(chosen_ptr + step // TILES).to(tl.int64) * BLOCK + step % TILES * BLOCK_N
         inside = start + n < length
-        kv_mask = inside[:, None] & columns
-        k = tl.load(_tile(k_ptr, start + n, d, k_strides[2], k_strides[3]), mask=kv_mask, other=0.0).to(OPERAND)
-        v = tl.load(_tile(v_ptr, start + n, d, v_strides[2], v_strides[3]), mask=kv_mask, other=0.0).to(OPERAND)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        weights, maximum, factor = _weigh(tl.where(inside[None, :], logits, float("-inf")), maximum)
+        kv_mask = columns if EVEN else inside[:, None] & columns
+        k = _load(k_tile + start * k_strides[2], kv_mask, FULL and EVEN).to(OPERAND)
+        v = _load(v_tile + start * v_strides[2], kv_mask, FULL and EVEN).to(OPERAND)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if not EVEN:
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+        weights, maximum, factor = _weigh(logits, scale, maximum)
         total = total * factor + tl.sum(weights, 1)
         o = tl.dot(weights.to(OPERAND), v, o * factor[:, None], input_precision=PRECISION)
 
     # every other block: its mean stands for each of its tokens
-    k_mean_ptr += sequence * blocks * D
-    v_mean_ptr += sequence * blocks * D
+    k_tile = _tile(k_mean_ptr + sequence * blocks * D, n, d, D, 1)
+    v_tile = _tile(v_mean_ptr + sequence * blocks * D, n, d, D, 1)
     expanded = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, blocks, BLOCK_N):
+    for start in tl.range(0, blocks, BLOCK_N, num_stages=STAGES - 1):
         j = start + n
         inside = j < blocks
-        kv_mask = inside[:, None] & columns
-        k = tl.load(_tile(k_mean_ptr, j, d, D, 1), mask=kv_mask, other=0.0).to(OPERAND)
-        v = tl.load(_tile(v_mean_ptr, j, d, D, 1), mask=kv_mask, other=0.0).to(OPERAND)
+        k = tl.load(k_tile + start * D, mask=inside[:, None] & columns, other=0.0).to(OPERAND)
+        v = tl.load(v_tile + start * D, mask=inside[:, None] & columns, other=0.0).to(OPERAND)
         is_kept = tl.load(is_kept_ptr + block_row * blocks + j, mask=inside, other=1)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        weights, maximum, factor = _weigh(tl.where((is_kept == 0)[None, :], logits, float("-inf")), maximum)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        weights, maximum, factor = _weigh(tl.where((is_kept == 0)[None, :], logits, float("-inf")), scale, maximum)
         weights *= tl.minimum(length - j * BLOCK, BLOCK).to(tl.float32)[None, :]
-        sums = tl.sum(weights, 1)
-        total = total * factor + sums
-        expanded = expanded * factor + sums
+        total *= factor
+        expanded = expanded * factor + tl.sum(weights, 1)
         o = tl.dot(weights.to(OPERAND), v, o * factor[:, None], input_precision=PRECISION)
 
     # what k turns away from its block's mean, to first order
     slope_ptr += sequence * D * D
     turned = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, D, BLOCK_C):
+    for start in tl.range(0, D, BLOCK_C, num_stages=1):
         c = start + tl.arange(0, BLOCK_C)
         q_mask = (m < length)[:, None] & (c < D)[None, :]
         q_part = tl.load(_tile(q_ptr, m, c, q_strides[2], q_strides[3]), mask=q_mask, other=0.0).to(SLOPE_OPERAND)
         slope = tl.load(_tile(slope_ptr, c, d, D, 1), mask=(c < D)[:, None] & columns, other=0.0).to(SLOPE_OPERAND)
         turned = tl.dot(q_part, slope, turned, input_precision=PRECISION)
-    o = (o + turned * expanded[:, None]) / total[:, None]
+    o = (o + turned * expanded[:, None]) / (total + expanded)[:, None]
     tl.store(_tile(o_ptr, m, d, o_strides[2], o_strides[3]), o.to(o_ptr.dtype.element_ty), mask=mask)
 
 
@@ -197,31 +252,51 @@ def _(q, k, v, block_size):
     return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
+@torch.library.custom_op("flash_bla::piecewise_sparse_choice", mutates_args=())
+def choose(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Of scores ``(B, H, blocks, blocks)`` in float32 the highest of each row: their indices, ascending, and marks."""
+    blocks = scores.shape[-1]
+    scores = scores.contiguous()
+    chosen = scores.new_empty((*scores.shape[:-1], kept), dtype=torch.int32)
+    is_kept = torch.empty_like(scores, dtype=torch.uint8)
+    arguments = dict(
+        scores_ptr=scores, chosen_ptr=chosen, is_kept_ptr=is_kept, blocks=blocks, kept=kept, BLOCK_J=1024
+    )
+    if scores.numel() > 0:
+        call(choice_kernel, (scores.numel() // blocks, 1, 1), arguments)
+    return chosen, is_kept
+
+
+@choose.register_fake
+def _(scores, kept):
+    chosen = scores.new_empty((*scores.shape[:-1], kept), dtype=torch.int32)
+    return chosen, scores.new_empty(scores.shape, dtype=torch.uint8)
+
+
 @torch.library.custom_op("flash_bla::piecewise_sparse_attention", mutates_args=())
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, v_mean: Tensor, slope: Tensor, chosen: Tensor, block_size: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, v_mean: Tensor, slope: Tensor, chosen: Tensor, is_kept: Tensor,
+    block_size: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """The attention with the blocks given by their statistics and the indices of those to keep."""
+    """The attention with the blocks given by their statistics, and those to keep by their indices and by marks."""
     B, H, N, D = q.shape
     blocks, kept = chosen.shape[2:]
     o = _empty_output(q)
     if q.numel() == 0:
         return o
-    is_kept = torch.zeros((B, H, blocks, blocks), dtype=torch.uint8, device=q.device).scatter_(-1, chosen, 1)
     rows = min(block_size, 64)
     arguments = _arguments(q, k, v, block_size) | dict(
         o_ptr=o, o_strides=o.stride(), k_mean_ptr=k_mean.to(q.dtype), v_mean_ptr=v_mean.to(q.dtype),
-        slope_ptr=slope * (scale / N), chosen_ptr=chosen.int(), is_kept_ptr=is_kept, kept=kept, scale=scale,
+        slope_ptr=(slope * (scale / N)).to(torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32), chosen_ptr=chosen, is_kept_ptr=is_kept, kept=kept, scale=scale,
         SLOPE_OPERAND=precision(q.dtype)["OPERAND"], BLOCK_M=rows,
-        BLOCK_N=rows if q.element_size() == 2 else min(rows, 32), BLOCK_C=32,
+        BLOCK_N=rows if q.element_size() == 2 else min(rows, 32), BLOCK_C=32, EVEN=N % block_size == 0, STAGES=3 if q.element_size() == 2 else 2,
     )  # fmt: skip
     call(attention_kernel, (B * H * blocks * (block_size // rows), 1, 1), arguments)
     return o
 
 
 @attend.register_fake
-def _(q, k, v, k_mean, v_mean, slope, chosen, block_size, scale):
+def _(q, k, v, k_mean, v_mean, slope, chosen, is_kept, block_size, scale):
     return _empty_output(q)
 
 

@@ -136,11 +136,25 @@ def test_a_running_maximum_that_grows_late():
     q, k, v = make_inputs((1, 1, 520, 16))
     k = k + torch.linspace(0, 30, 520, device=DEVICE)[:, None]
     q = q.abs()
-    chosen = torch.zeros(1, 1, 33, 1, dtype=torch.int64, device=DEVICE)
+    chosen, is_kept = kernels.choose(-torch.arange(33.0, device=DEVICE).expand(1, 1, 33, 33), 1)
+    assert not chosen.any()
     inputs = [x.double() for x in (q, k, v)]
-    expected = reference.attend(*inputs, reference.block_statistics(*inputs, 16), chosen, 16, 0.25)
+    expected = reference.attend(*inputs, reference.block_statistics(*inputs, 16), chosen.long(), 16, 0.25)
     _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16)
-    assert relative_error(kernels.attend(q, k, v, k_mean, v_mean, slope, chosen, 16, 0.25), expected) <= 1e-4
+    assert relative_error(kernels.attend(q, k, v, k_mean, v_mean, slope, chosen, is_kept, 16, 0.25), expected) <= 1e-4
+
+
+@needs_triton
+@pytest.mark.parametrize(("blocks", "kept"), [(1, 1), (5, 2), (70, 33), (64, 64), (1500, 150)])
+def test_the_choice_of_blocks(blocks, kept):
+    scores = torch.randn(1, 2, 3, blocks, generator=torch.Generator().manual_seed(0))
+    scores[0, 0, 0] = scores[0, 0, 0].sign()  # many of them equal
+    scores[0, 0, 1] = -scores[0, 0, 1].abs()
+    scores[0, 0, 2, 3:] = -torch.inf
+    chosen, is_kept = (x.cpu() for x in kernels.choose(scores.to(DEVICE), kept))
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]  # of equal scores the first
+    assert torch.equal(chosen.long(), best.sort(dim=-1).values)
+    assert torch.equal(is_kept, torch.zeros_like(is_kept).scatter(-1, best, 1))
 
 
 @needs_triton
@@ -207,8 +221,9 @@ def test_opcheck():
     q, k, v = make_inputs((1, 2, 40, 16))
     torch.library.opcheck(kernels.block_statistics, (q, k, v, 16))
     _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16)
-    chosen = torch.zeros(1, 2, 3, 1, dtype=torch.int64, device=DEVICE)
-    torch.library.opcheck(kernels.attend, (q, k, v, k_mean, v_mean, slope, chosen, 16, 0.25))
+    scores = torch.rand(1, 2, 3, 3, device=DEVICE)
+    torch.library.opcheck(kernels.choose, (scores, 2))
+    torch.library.opcheck(kernels.attend, (q, k, v, k_mean, v_mean, slope, *kernels.choose(scores, 2), 16, 0.25))
 
 
 @needs_triton
