@@ -287,7 +287,7 @@ def tables(rows: Rows) -> str:
         measured_on(rows) + "\n",
         "Times are of the kernels, in ms, by replay of CUDA graphs. SDPA is scaled_dot_product_attention as PyTorch\n"
         "chooses its kernel; the factors compare with the fastest of its kernels. Memory is what a call needs besides\n"
-        "its inputs and outputs, in MB, for the backward pass that of both passes; SDPA's is that of PyTorch's choice.\n",
+        "its inputs and outputs, in MB, for the backward pass that of both passes; SDPA's is of PyTorch's choice.\n",
     ]
     for part in (name for name in PARTS if any(row["part"] == name for row in rows)):
         own = [row for row in rows if row["part"] == part]

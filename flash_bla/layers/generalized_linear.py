@@ -83,6 +83,6 @@ def _residual(dim: int, mid_dim: int | None, **dd) -> nn.Module:
     return nn.Sequential(
         nn.Linear(dim, mid_dim, **dd),
         nn.LayerNorm(mid_dim, **dd),
-        nn.LeakyReLU(),
+        nn.LeakyReLU(inplace=True),  # of a result that nothing else needs
         nn.Linear(mid_dim, dim, **dd),
     )

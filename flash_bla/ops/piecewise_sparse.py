@@ -78,10 +78,11 @@ def piecewise_sparse_attention(
             chosen = choose_blocks(statistics, density, scale, use_bias)
             return attend(*inputs, statistics, chosen, block_size, scale).to(v.dtype)
         triton_piecewise_sparse.check_limits(q, block_size)
-        statistics = triton_piecewise_sparse.block_statistics(q.detach(), k.detach(), v.detach(), block_size)
+        detached = q.detach(), k.detach(), v.detach()
+        statistics = triton_piecewise_sparse.block_statistics(*detached, block_size, use_bias)
         statistics = BlockStatistics(*statistics)
         scores = score_blocks(statistics, scale, use_bias)
-        choice = triton_piecewise_sparse.choose(scores, count_kept(scores, density))
+        choice = triton_piecewise_sparse.choose(scores, count_kept(scores, density), q.shape[2], block_size)
         means = statistics.k_mean, statistics.v_mean
         return triton_piecewise_sparse.attend(q, k, v, *means, statistics.slope, *choice, block_size, scale)
 
@@ -106,7 +107,7 @@ class BlockStatistics(NamedTuple):
     slope: Tensor
     """H, ``(B, H, D, D)``."""
     slope_norm: Tensor
-    """‖H_j‖₂ of each block's part of it, ``(B, H, blocks)``."""
+    """‖H_j‖₂ of each block's part of it, ``(B, H, blocks)``; may be empty if nobody needs it."""
 
 
 def choose_blocks(statistics: BlockStatistics, density: float, scale: float, use_bias: bool) -> Tensor:

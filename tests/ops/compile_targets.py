@@ -88,8 +88,8 @@ def linear(variant, dtype, D, N):
 
 def piecewise_sparse(dtype, D, block_size):
     q, k, v = torch.empty((2, 100, 3, 3, D), dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
-    _, k_mean, v_mean, slope, _ = sparse.block_statistics._init_fn(q, k, v, block_size)
-    choice = sparse.choose._init_fn(k_mean @ k_mean.mT, 1)
+    _, k_mean, v_mean, slope, _ = sparse.block_statistics._init_fn(q, k, v, block_size, True)
+    choice = sparse.choose._init_fn(k_mean @ k_mean.mT, 1, 100, block_size)
     sparse.attend._init_fn(q, k, v, k_mean, v_mean, slope, *choice, block_size, D**-0.5)
 
 

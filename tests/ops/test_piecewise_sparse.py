@@ -120,9 +120,11 @@ def test_kernels_equal_the_reference_on_the_same_blocks(shape, block_size):
 
         inputs = [x.double() for x in (q, k, v)]
         expected = reference.block_statistics(*inputs, block_size)
-        statistics = reference.BlockStatistics(*kernels.block_statistics(q, k, v, block_size))
+        statistics = reference.BlockStatistics(*kernels.block_statistics(q, k, v, block_size, use_bias))
         norms = {"slope": 1.0, "slope_norm": 1.0}  # a single token deviates from no mean: these are zero
         for name, x in statistics._asdict().items():
+            if name == "slope_norm" and not use_bias:
+                continue
             want = getattr(expected, name)
             assert (x - want).norm() <= 1e-5 * max(want.norm(), norms.get(name, 0)), name
         chosen = reference.choose_blocks(statistics, density, scale, use_bias)
@@ -136,12 +138,12 @@ def test_a_running_maximum_that_grows_late():
     q, k, v = make_inputs((1, 1, 520, 16))
     k = k + torch.linspace(0, 30, 520, device=DEVICE)[:, None]
     q = q.abs()
-    chosen, is_kept = kernels.choose(-torch.arange(33.0, device=DEVICE).expand(1, 1, 33, 33), 1)
-    assert not chosen.any()
+    choice = kernels.choose(-torch.arange(33.0, device=DEVICE).expand(1, 1, 33, 33), 1, 520, 16)
+    assert not choice[0].any()
     inputs = [x.double() for x in (q, k, v)]
-    expected = reference.attend(*inputs, reference.block_statistics(*inputs, 16), chosen.long(), 16, 0.25)
-    _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16)
-    assert relative_error(kernels.attend(q, k, v, k_mean, v_mean, slope, chosen, is_kept, 16, 0.25), expected) <= 1e-4
+    expected = reference.attend(*inputs, reference.block_statistics(*inputs, 16), choice[0].long(), 16, 0.25)
+    _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16, False)
+    assert relative_error(kernels.attend(q, k, v, k_mean, v_mean, slope, *choice, 16, 0.25), expected) <= 1e-4
 
 
 @needs_triton
@@ -151,10 +153,11 @@ def test_the_choice_of_blocks(blocks, kept):
     scores[0, 0, 0] = scores[0, 0, 0].sign()  # many of them equal
     scores[0, 0, 1] = -scores[0, 0, 1].abs()
     scores[0, 0, 2, 3:] = -torch.inf
-    chosen, is_kept = (x.cpu() for x in kernels.choose(scores.to(DEVICE), kept))
+    chosen, log_size = (x.cpu() for x in kernels.choose(scores.to(DEVICE), kept, 16 * blocks - 5, 16))
     best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]  # of equal scores the first
     assert torch.equal(chosen.long(), best.sort(dim=-1).values)
-    assert torch.equal(is_kept, torch.zeros_like(is_kept).scatter(-1, best, 1))
+    sizes = torch.tensor([16.0] * (blocks - 1) + [11.0] + [0.0] * (-blocks % 64))
+    torch.testing.assert_close(log_size, sizes.log2().expand_as(log_size).scatter(-1, best, -torch.inf))
 
 
 @needs_triton
@@ -219,11 +222,14 @@ def test_a_backward_pass_through_the_kernels_is_refused():
 @needs_triton
 def test_opcheck():
     q, k, v = make_inputs((1, 2, 40, 16))
-    torch.library.opcheck(kernels.block_statistics, (q, k, v, 16))
-    _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16)
+    for norms in (False, True):
+        torch.library.opcheck(kernels.block_statistics, (q, k, v, 16, norms))
+    _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16, False)
     scores = torch.rand(1, 2, 3, 3, device=DEVICE)
-    torch.library.opcheck(kernels.choose, (scores, 2))
-    torch.library.opcheck(kernels.attend, (q, k, v, k_mean, v_mean, slope, *kernels.choose(scores, 2), 16, 0.25))
+    torch.library.opcheck(kernels.choose, (scores, 2, 40, 16))
+    torch.library.opcheck(
+        kernels.attend, (q, k, v, k_mean, v_mean, slope, *kernels.choose(scores, 2, 40, 16), 16, 0.25)
+    )
 
 
 @needs_triton
