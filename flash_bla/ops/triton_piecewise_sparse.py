@@ -25,7 +25,7 @@ def statistics_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, q_mean_ptr, k_mean_ptr, v_mean_ptr, slope_ptr, norm_ptr,
     length, heads, blocks,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, NORMS: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_D: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """One split of the blocks: means, the norms of the H_j if NORMS, and the split's sum of the H_j.
 
@@ -44,7 +44,7 @@ def statistics_kernel(
     slope = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
 
     share = tl.cdiv(blocks, tl.num_programs(1))
-    for block in tl.range(split * share, tl.minimum(split * share + share, blocks), num_stages=STAGES):
+    for block in range(split * share, tl.minimum(split * share + share, blocks)):
         q_sum = tl.zeros((BLOCK_D,), tl.float32)
         k_sum = tl.zeros((BLOCK_D,), tl.float32)
         v_sum = tl.zeros((BLOCK_D,), tl.float32)
@@ -141,7 +141,6 @@ def attention_kernel(
     slope_scale_ptr, chosen_ptr, log_size_ptr, length, heads, blocks, kept, scale,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, PADDING: tl.constexpr,
-    STAGES: tl.constexpr, MEAN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output of BLOCK_M queries of one block.
 
@@ -173,7 +172,7 @@ def attention_kernel(
     o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     # the tokens of the blocks that are kept; only the last of these blocks may end before it is full
-    for step in tl.range((kept - 1) * TILES, num_stages=STAGES):
+    for step in range((kept - 1) * TILES):
         start = tl.load(chosen_ptr + step // TILES).to(tl.int64) * BLOCK + step % TILES * BLOCK_N
         k = tl.load(k_tile + start * k_strides[2], mask=columns, other=0.0).to(OPERAND)
         v = tl.load(v_tile + start * v_strides[2], mask=columns, other=0.0).to(OPERAND)
@@ -194,7 +193,7 @@ def attention_kernel(
     v_tile = _tile(v_mean_ptr + sequence * padded * D, n, d, D, 1)
     log_size_ptr += block_row * padded
     expanded = tl.zeros((BLOCK_M,), tl.float32)
-    for start in tl.range(0, padded, BLOCK_N, num_stages=MEAN_STAGES):
+    for start in range(0, padded, BLOCK_N):
         k = tl.load(k_tile + start * D, mask=columns, other=0.0).to(OPERAND)
         v = tl.load(v_tile + start * D, mask=columns, other=0.0).to(OPERAND)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + tl.load(log_size_ptr + start + n)[None, :]
@@ -241,10 +240,10 @@ def block_statistics(
     norm = q.new_empty((B, H, blocks) if norms else 0, dtype=torch.float32)
     arguments |= dict(
         q_mean_ptr=q_mean, k_mean_ptr=k_mean, v_mean_ptr=v_mean, slope_ptr=slope, norm_ptr=norm,
-        BLOCK_N=min(block_size, 64), NORMS=norms, STAGES=2 if q.element_size() == 2 else 1,
+        BLOCK_N=min(block_size, 64), NORMS=norms,
     )  # fmt: skip
     if q.numel() > 0:
-        call(statistics_kernel, (B * H, splits, 1), arguments, num_warps=4 if block_d <= 64 else 8)
+        call(statistics_kernel, (B * H, splits, 1), arguments, num_warps=4 if block_d <= 64 else 8, num_stages=2)
     return q_mean, k_mean, v_mean, slope.sum(0), norm
 
 
@@ -304,9 +303,9 @@ def attend(
         o_ptr=o, o_strides=o.stride(), k_mean_ptr=k_mean, v_mean_ptr=v_mean,
         slope_ptr=(slope / largest).to(q.dtype), slope_scale_ptr=largest * (scale / N), chosen_ptr=chosen,
         log_size_ptr=log_size, kept=kept, scale=scale, BLOCK_M=rows, BLOCK_N=rows if half else min(rows, 32),
-        BLOCK_C=32, PADDING=PADDING, STAGES=4 if half else 2, MEAN_STAGES=3 if half else 1,
+        BLOCK_C=32, PADDING=PADDING,
     )  # fmt: skip
-    call(attention_kernel, (B * H * blocks * (block_size // rows), 1, 1), arguments)
+    call(attention_kernel, (B * H * blocks * (block_size // rows), 1, 1), arguments, num_stages=3 if half else 1)
     return o
 
 
