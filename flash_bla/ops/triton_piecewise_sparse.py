@@ -7,6 +7,8 @@ tokens, is divided by its largest entry, so that float16 holds it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -78,12 +80,13 @@ def statistics_kernel(
 @jit
 def _count(scores_ptr, threshold, blocks, ABOVE: tl.constexpr, BLOCK_J: tl.constexpr):
     """How many of a row's scores reach the threshold, or lie above it."""
-    count = 0
+    j = tl.arange(0, BLOCK_J)
+    counts = tl.zeros((BLOCK_J,), tl.int32)
     for start in range(0, blocks, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        key = _sortable(tl.load(scores_ptr + j, mask=j < blocks))
-        count += tl.sum(((j < blocks) & (key > threshold if ABOVE else key >= threshold)).to(tl.int32), 0)
-    return count
+        inside = j < blocks - start
+        key = _sortable(tl.load(scores_ptr + start + j, mask=inside))
+        counts += (inside & (key > threshold if ABOVE else key >= threshold)).to(tl.int32)
+    return tl.sum(counts, 0)
 
 
 @jit
@@ -95,7 +98,8 @@ def _sortable(x):
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def choice_kernel(
-    scores_ptr, chosen_ptr, log_size_ptr, length, blocks, padded, kept, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr
+    scores_ptr, chosen_ptr, log_size_ptr, length, blocks, padded, kept, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The indices of the highest of a row of scores, ascending; of equal ones the first."""
     row = tl.program_id(0).to(tl.int64)
@@ -110,6 +114,7 @@ def choice_kernel(
             count = reached
         bit = bit >> 1
     ties = kept - _count(scores_ptr, threshold, blocks, True, BLOCK_J)  # to be kept of the scores that equal it
+    last_log_size = tl.log2((length - (blocks - 1) * BLOCK).to(tl.float32))
     position = row * kept
     for start in range(0, padded, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
@@ -117,8 +122,8 @@ def choice_kernel(
         key = _sortable(tl.load(scores_ptr + j, mask=inside))
         is_tied = (inside & (key == threshold)).to(tl.int32)
         is_kept = ((inside & (key > threshold)) | ((is_tied > 0) & (tl.cumsum(is_tied, 0) <= ties))).to(tl.int32)
-        size = tl.maximum(tl.minimum(length - j * BLOCK, BLOCK), 1)
-        log_size = tl.where(inside & (is_kept == 0), tl.log2(size.to(tl.float32)), float("-inf"))
+        log_size = tl.where(j == blocks - 1, last_log_size, LOG_BLOCK)
+        log_size = tl.where(inside & (is_kept == 0), log_size, float("-inf"))
         tl.store(log_size_ptr + row * padded + j, log_size, mask=j < padded)
         tl.store(chosen_ptr + position + tl.cumsum(is_kept, 0) - 1, j, mask=is_kept > 0)
         position += tl.sum(is_kept, 0)
@@ -172,13 +177,15 @@ def attention_kernel(
     o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     # the tokens of the blocks that are kept; only the last of these blocks may end before it is full
+    chosen = tl.load(chosen_ptr).to(tl.int64)  # always one step ahead of the tiles, which need not wait for it
     for step in range((kept - 1) * TILES):
-        start = tl.load(chosen_ptr + step // TILES).to(tl.int64) * BLOCK + step % TILES * BLOCK_N
+        start = chosen * BLOCK + step % TILES * BLOCK_N
         k = tl.load(k_tile + start * k_strides[2], mask=columns, other=0.0).to(OPERAND)
         v = tl.load(v_tile + start * v_strides[2], mask=columns, other=0.0).to(OPERAND)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         o, total, maximum, _ = _attend(o, total, maximum, logits, scale, v, PRECISION)
-    first = tl.load(chosen_ptr + kept - 1).to(tl.int64) * BLOCK
+        chosen = tl.load(chosen_ptr + (step + 1) // TILES).to(tl.int64)
+    first = chosen * BLOCK
     for start in tl.range(first, tl.minimum(first + BLOCK, length), BLOCK_N, num_stages=1):
         inside = (start + n < length)[:, None]
         k = tl.load(k_tile + start * k_strides[2], mask=inside & columns, other=0.0).to(OPERAND)
@@ -243,7 +250,8 @@ def block_statistics(
         BLOCK_N=min(block_size, 64), NORMS=norms,
     )  # fmt: skip
     if q.numel() > 0:
-        call(statistics_kernel, (B * H, splits, 1), arguments, num_warps=4 if block_d <= 64 else 8, num_stages=2)
+        narrow = block_d <= 64 or (q.element_size() == 2 and not norms)  # the sums fit into the registers of 4 warps
+        call(statistics_kernel, (B * H, splits, 1), arguments, num_warps=4 if narrow else 8, num_stages=2)
     return q_mean, k_mean, v_mean, slope.sum(0), norm
 
 
@@ -265,10 +273,11 @@ def choose(scores: Tensor, kept: int, length: int, block_size: int) -> tuple[Ten
     chosen, log_size = _empty_choice(scores, kept)
     arguments = dict(
         scores_ptr=scores.contiguous(), chosen_ptr=chosen, log_size_ptr=log_size, length=length,
-        blocks=scores.shape[-1], padded=log_size.shape[-1], kept=kept, BLOCK=block_size, BLOCK_J=1024,
+        blocks=scores.shape[-1], padded=log_size.shape[-1], kept=kept, BLOCK=block_size,
+        LOG_BLOCK=math.log2(block_size), BLOCK_J=256,
     )  # fmt: skip
     if scores.numel() > 0:
-        call(choice_kernel, (scores.numel() // scores.shape[-1], 1, 1), arguments)
+        call(choice_kernel, (scores.numel() // scores.shape[-1], 1, 1), arguments, num_warps=1)
     return chosen, log_size
 
 
