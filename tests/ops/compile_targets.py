@@ -104,8 +104,8 @@ def depthwise_conv(dtype, D):
 def around_attention(dtype, D):
     """Forward and backward pass of layer norm and gate, and the gradient of a bias."""
     x, weight = torch.empty((128, D), dtype=dtype, device="meta"), torch.empty(D, device="meta")
-    layer_norm.layer_norm_forward(x, x, weight, weight, 1e-5, dtype)
-    layer_norm.layer_norm_backward(x, x, x, weight, 1e-5, True)
+    layer_norm.layer_norm_forward(x, x, weight, weight, 1e-5, 0.01, dtype)
+    layer_norm.layer_norm_backward(x, x, x, weight, weight, 1e-5, 0.01, True)
     silu_gate._launch(silu_gate.gate_kernel, dict(x_ptr=x, gate_ptr=x, y_ptr=x))
     silu_gate._launch(silu_gate.gate_gradient_kernel, dict(dy_ptr=x, x_ptr=x, gate_ptr=x, dx_ptr=x, d_gate_ptr=x))
     column_sums(x)
