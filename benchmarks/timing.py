@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 REPEATS = 20
-REPLAY_SECONDS = 1.0  # fewer repeats, but three at least, of what would take longer
+REPLAY_SECONDS = 0.5  # fewer repeats, but three at least, of what would take longer
 HOST_SECONDS = 0.5
 L2_MULTIPLE = 3  # the inputs that take turns exceed the L2 cache that many times
 CALLS, CALLS_BYTES = 16, 2**30  # a graph holds that many calls, or fewer if their inputs exceed these bytes
