@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 REPEATS = 20
+REPLAY_SECONDS = 0.5  # fewer repeats, but three at least, of what would take longer
 HOST_SECONDS = 0.5
 L2_MULTIPLE = 3  # the inputs that take turns exceed the L2 cache that many times
 CALLS, CALLS_BYTES = 16, 2**30  # a graph holds that many calls, or fewer if their inputs exceed these bytes
@@ -121,9 +122,10 @@ def _clock(call: Callable[[], Any]) -> float:
 
 
 def _replay_seconds(replay: Callable[[], None], device: torch.device) -> float:
-    for _ in range(3):
+    for _ in range(2):
         replay()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+    repeats = min(REPEATS, max(3, int(REPLAY_SECONDS / finished_seconds(replay, device))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         start.record()
         replay()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flash_bla.layers.tokens import head_width, merge_heads, split_heads
-from flash_bla.ops import linear_attention
+from flash_bla.ops import add_layer_norm, linear_attention
 
 
 class GeneralizedLinearAttention(nn.Module):
@@ -77,12 +77,18 @@ class GeneralizedLinearAttention(nn.Module):
 
 
 def _residual(dim: int, mid_dim: int | None, **dd) -> nn.Module:
-    if mid_dim == -1:
-        return nn.Identity()
-    mid_dim = mid_dim or dim
-    return nn.Sequential(
-        nn.Linear(dim, mid_dim, **dd),
-        nn.LayerNorm(mid_dim, **dd),
-        nn.LeakyReLU(),
-        nn.Linear(mid_dim, dim, **dd),
-    )
+    return nn.Identity() if mid_dim == -1 else _Residual(dim, mid_dim or dim, **dd)
+
+
+class _Residual(nn.Sequential):
+    """f, whose two modules in the middle run as one operator."""
+
+    def __init__(self, dim: int, mid_dim: int, **dd) -> None:
+        super().__init__(
+            nn.Linear(dim, mid_dim, **dd), nn.LayerNorm(mid_dim, **dd), nn.LeakyReLU(), nn.Linear(mid_dim, dim, **dd)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, norm, activation, last = self
+        x, _ = add_layer_norm(first(x), norm.weight, norm.bias, norm.eps, negative_slope=activation.negative_slope)
+        return last(x)

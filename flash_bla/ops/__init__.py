@@ -1,4 +1,4 @@
-"""Operators on tensors, as PyTorch reference and as Triton kernels: linear and sparse attention, convolution."""
+"""Operators on tensors, as PyTorch reference and as Triton kernels: attentions and what surrounds them."""
 
 from flash_bla.ops.depthwise_conv import depthwise_conv
 from flash_bla.ops.feature_maps import FeatureMap, focusing_power, signed_power

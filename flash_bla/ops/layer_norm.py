@@ -19,11 +19,13 @@ def add_layer_norm(
     eps: float,
     *,
     add: Tensor | None = None,
+    negative_slope: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Layer normalisation over the last dimension, and what it normalised.
 
-    .. math:: s = x \;[+ a], \quad y = \frac{s - mean(s)}{\sqrt{var(s) + ε}} \odot w + b
+    .. math:: s = x \;[+ a], \quad y = f\left(\frac{s - mean(s)}{\sqrt{var(s) + ε}} \odot w + b\right),
+              \quad f(z) = \max(z, 0) + c \min(z, 0)
 
     The sum s is returned too because a residual branch goes on with it: its gradient, from there and from y, is then
     one pass. Statistics are float32 (float64 for float64 inputs). Under autocast y has its type, unlike PyTorch's
@@ -35,6 +37,7 @@ def add_layer_norm(
         bias: b, ``(C,)``.
         eps: ε.
         add: a, of the shape of x.
+        negative_slope: c, of a LeakyReLU; 1 for none.
         backend: As in ``linear_attention``; ``torch.compile`` takes the reference, which it fuses with its neighbours.
 
     Returns:
@@ -44,20 +47,22 @@ def add_layer_norm(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     if choose_backend(backend, x) == "triton" and is_eager(x):
-        return _Eager.apply(x, add, weight, bias, eps, dtype)
+        return _Eager.apply(x, add, weight, bias, eps, negative_slope, dtype)
     with without_autocast(x):
         s = x if add is None else x + add.to(x.dtype)
         wide = torch.promote_types(s.dtype, torch.float32)
         y = F.layer_norm(s.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+        if negative_slope != 1:
+            y = F.leaky_relu(y, negative_slope)
         return y.to(dtype), s
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, add, weight, bias, eps, dtype):
-        y, s = layer_norm_forward(x, add, weight, bias, eps, dtype)
-        ctx.save_for_backward(s, weight)
-        ctx.eps, ctx.bias_dtype, ctx.add_dtype = eps, bias.dtype, None if add is None else add.dtype
+    def forward(ctx, x, add, weight, bias, eps, slope, dtype):
+        y, s = layer_norm_forward(x, add, weight, bias, eps, slope, dtype)
+        ctx.save_for_backward(s, weight, bias)
+        ctx.eps, ctx.slope, ctx.add_dtype = eps, slope, None if add is None else add.dtype
         ctx.set_materialize_grads(False)
         return y, (x.view_as(x) if add is None else s)
 
@@ -67,9 +72,10 @@ class _Eager(torch.autograd.Function):
         if dy is None:
             dx, d_weight, d_bias = ds, None, None
         else:
-            s, weight = ctx.saved_tensors
-            dx, d_weight, d_bias = layer_norm_backward(dy, ds, s, weight, ctx.eps, any(ctx.needs_input_grad[2:4]))
+            s, weight, bias = ctx.saved_tensors
+            of_parameters = any(ctx.needs_input_grad[2:4])
+            dx, d_weight, d_bias = layer_norm_backward(dy, ds, s, weight, bias, ctx.eps, ctx.slope, of_parameters)
             if d_weight is not None:
-                d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(ctx.bias_dtype)
+                d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(bias.dtype)
         d_add = None if ctx.add_dtype is None or dx is None else dx.to(ctx.add_dtype)
-        return dx, d_add, d_weight, d_bias, None, None
+        return dx, d_add, d_weight, d_bias, None, None, None

@@ -78,11 +78,13 @@ def piecewise_sparse_attention(
             chosen = choose_blocks(statistics, density, scale, use_bias)
             return attend(*inputs, statistics, chosen, block_size, scale).to(v.dtype)
         triton_piecewise_sparse.check_limits(q, block_size)
-        statistics = triton_piecewise_sparse.block_statistics(q.detach(), k.detach(), v.detach(), block_size)
+        detached = q.detach(), k.detach(), v.detach()
+        statistics = triton_piecewise_sparse.block_statistics(*detached, block_size, use_bias)
         statistics = BlockStatistics(*statistics)
-        chosen = choose_blocks(statistics, density, scale, use_bias)
+        scores = score_blocks(statistics, scale, use_bias)
+        choice = triton_piecewise_sparse.choose(scores, count_kept(scores, density), q.shape[2], block_size)
         means = statistics.k_mean, statistics.v_mean
-        return triton_piecewise_sparse.attend(q, k, v, *means, statistics.slope, chosen, block_size, scale)
+        return triton_piecewise_sparse.attend(q, k, v, *means, statistics.slope, *choice, block_size, scale)
 
 
 def check_options(density: float, block_size: int) -> None:
@@ -105,16 +107,25 @@ class BlockStatistics(NamedTuple):
     slope: Tensor
     """H, ``(B, H, D, D)``."""
     slope_norm: Tensor
-    """‖H_j‖₂ of each block's part of it, ``(B, H, blocks)``."""
+    """‖H_j‖₂ of each block's part of it, ``(B, H, blocks)``; may be empty if nobody needs it."""
 
 
 def choose_blocks(statistics: BlockStatistics, density: float, scale: float, use_bias: bool) -> Tensor:
     """Indices of the blocks of keys that each block of queries keeps, ``(B, H, blocks, kept)``."""
-    scores = statistics.q_mean @ statistics.k_mean.mT * scale
+    scores = score_blocks(statistics, scale, use_bias)
+    return scores.topk(count_kept(scores, density), dim=-1).indices
+
+
+def score_blocks(statistics: BlockStatistics, scale: float, use_bias: bool) -> Tensor:
+    """What blocks are chosen by: for each block of queries and each of keys, ``(B, H, blocks, blocks)``."""
+    scores = (scale * statistics.q_mean) @ statistics.k_mean.mT
     if use_bias:  # published with a softmax around it, which does not change the order
         scores = scores + torch.log(statistics.slope_norm + 1e-5).unsqueeze(-2)
-    kept = max(1, int(density * scores.shape[-1]))
-    return scores.topk(kept, dim=-1).indices
+    return scores
+
+
+def count_kept(scores: Tensor, density: float) -> int:
+    return max(1, int(density * scores.shape[-1]))
 
 
 def block_statistics(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> BlockStatistics:

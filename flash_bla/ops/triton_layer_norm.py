@@ -30,7 +30,7 @@ def _normalize(x, inside, eps, WIDTH: tl.constexpr):
 @jit(do_not_specialize=["length"])
 def norm_forward_kernel(
     x_ptr, add_ptr, sum_ptr, y_ptr, weight_ptr, bias_ptr, length, eps,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    SLOPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
@@ -45,13 +45,15 @@ def norm_forward_kernel(
     weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     y = _normalize(x, inside, eps, WIDTH)[0] * weight[None, :] + bias[None, :]
+    if SLOPE != 1:
+        y = tl.where(y > 0, y, y * SLOPE)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["length"])
 def norm_backward_kernel(
-    dy_ptr, ds_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, length, eps,
-    WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    dy_ptr, ds_ptr, x_ptr, weight_ptr, bias_ptr, dx_ptr, partial_ptr, length, eps,
+    SLOPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, ds included, and shares (programs, 2, C) of those of weight and bias."""
     columns = tl.arange(0, BLOCK_C)
@@ -64,6 +66,9 @@ def norm_backward_kernel(
         x = _load(x_ptr, rows, columns, inside, WIDTH).to(tl.float32)
         dy = _load(dy_ptr, rows, columns, inside, WIDTH).to(tl.float32)
         x, factor = _normalize(x, inside, eps, WIDTH)
+        if SLOPE != 1:
+            bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
+            dy = tl.where(x * weight + bias > 0, dy, dy * SLOPE)
         d_weight += dy * x
         d_bias += dy
         dy *= weight
@@ -84,9 +89,9 @@ def _blocks(width: int, tile: int) -> dict[str, int]:
 
 
 def layer_norm_forward(
-    x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, eps: float, slope: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The normalised sum, in dtype, and the sum, in that of x."""
+    """The normalised sum, in dtype and with the slope where it is negative, and the sum, in the type of x."""
     x, add = x.contiguous(), None if add is None else add.contiguous()
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     s = x if add is None else torch.empty_like(x)
@@ -94,15 +99,26 @@ def layer_norm_forward(
     def describe() -> tuple:
         width = x.shape[-1]
         blocks, length = _blocks(width, TILE), x.numel() // width
-        return (cdiv(length, blocks["BLOCK_M"]), 1, 1), None, dict(length=length, eps=eps, WIDTH=width, **blocks)
+        return (
+            (cdiv(length, blocks["BLOCK_M"]), 1, 1),
+            None,
+            dict(length=length, eps=eps, SLOPE=slope, WIDTH=width, **blocks),
+        )
 
     pointers = dict(x_ptr=x, add_ptr=add, sum_ptr=None if add is None else s, y_ptr=y, weight_ptr=weight, bias_ptr=bias)
-    launch(norm_forward_kernel, pointers, (eps,), describe)
+    launch(norm_forward_kernel, pointers, (eps, slope), describe)
     return y, s
 
 
 def layer_norm_backward(
-    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, eps: float, of_parameters: bool
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    slope: float,
+    of_parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the sum, of weight and of bias, the last two in float32 or None."""
     dy, ds = dy.contiguous(), None if ds is None else ds.contiguous()
@@ -113,8 +129,8 @@ def layer_norm_backward(
     partial = torch.empty((programs, 2, width), dtype=torch.float32, device=s.device) if of_parameters else None
 
     def describe() -> tuple:
-        return (programs, 1, 1), None, dict(length=length, eps=eps, WIDTH=width, **blocks)
+        return (programs, 1, 1), None, dict(length=length, eps=eps, SLOPE=slope, WIDTH=width, **blocks)
 
-    pointers = dict(dy_ptr=dy, ds_ptr=ds, x_ptr=s, weight_ptr=weight, dx_ptr=dx, partial_ptr=partial)
-    launch(norm_backward_kernel, pointers, (eps,), describe)
+    pointers = dict(dy_ptr=dy, ds_ptr=ds, x_ptr=s, weight_ptr=weight, bias_ptr=bias, dx_ptr=dx, partial_ptr=partial)
+    launch(norm_backward_kernel, pointers, (eps, slope), describe)
     return dx, *(partial.sum(0).unbind(0) if of_parameters else (None, None))

@@ -33,7 +33,9 @@ except ImportError:
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 # Lengths and counts are never specialised: a new sequence length compiles nothing.
-NOT_SPECIALIZED = ["length", "query_length", "key_length", "heads", "splits", "blocks", "kept", "programs"]
+NOT_SPECIALIZED = [
+    "length", "query_length", "key_length", "heads", "splits", "blocks", "padded", "kept", "programs",
+]  # fmt: skip
 
 
 @jit

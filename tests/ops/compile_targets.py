@@ -88,9 +88,9 @@ def linear(variant, dtype, D, N):
 
 def piecewise_sparse(dtype, D, block_size):
     q, k, v = torch.empty((2, 100, 3, 3, D), dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
-    _, k_mean, v_mean, slope, _ = sparse.block_statistics._init_fn(q, k, v, block_size)
-    chosen = torch.empty((*k_mean.shape[:3], 1), dtype=torch.int64, device="meta")
-    sparse.attend._init_fn(q, k, v, k_mean, v_mean, slope, chosen, block_size, D**-0.5)
+    _, k_mean, v_mean, slope, _ = sparse.block_statistics._init_fn(q, k, v, block_size, True)
+    choice = sparse.choose._init_fn(k_mean @ k_mean.mT, 1, 100, block_size)
+    sparse.attend._init_fn(q, k, v, k_mean, v_mean, slope, *choice, block_size, D**-0.5)
 
 
 def depthwise_conv(dtype, D):
@@ -104,8 +104,8 @@ def depthwise_conv(dtype, D):
 def around_attention(dtype, D):
     """Forward and backward pass of layer norm and gate, and the gradient of a bias."""
     x, weight = torch.empty((128, D), dtype=dtype, device="meta"), torch.empty(D, device="meta")
-    layer_norm.layer_norm_forward(x, x, weight, weight, 1e-5, dtype)
-    layer_norm.layer_norm_backward(x, x, x, weight, 1e-5, True)
+    layer_norm.layer_norm_forward(x, x, weight, weight, 1e-5, 0.01, dtype)
+    layer_norm.layer_norm_backward(x, x, x, weight, weight, 1e-5, 0.01, True)
     silu_gate._launch(silu_gate.gate_kernel, dict(x_ptr=x, gate_ptr=x, y_ptr=x))
     silu_gate._launch(silu_gate.gate_gradient_kernel, dict(dy_ptr=x, x_ptr=x, gate_ptr=x, dx_ptr=x, d_gate_ptr=x))
     column_sums(x)

@@ -22,9 +22,9 @@ def make_inputs(shape, dtype, add):
     return leaves, (randn(*shape).to(dtype), randn(*shape).to(dtype))
 
 
-def by_torch(x, weight, bias, eps, add=None):
+def by_torch(x, weight, bias, eps, add=None, negative_slope=1.0):
     s = x if add is None else x + add
-    return F.layer_norm(s, weight.shape, weight, bias, eps), s
+    return F.leaky_relu(F.layer_norm(s, weight.shape, weight, bias, eps), negative_slope), s
 
 
 def forward_backward(function, inputs, dtype=None, outputs=(0, 1), **options):
@@ -38,14 +38,14 @@ def forward_backward(function, inputs, dtype=None, outputs=(0, 1), **options):
     return [y.detach() for y in results], dict(zip(leaves, d, strict=True))
 
 
-@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(("add", "slope"), [(False, 1.0), (False, 0.2), (True, 1.0)])
 @pytest.mark.parametrize("shape", [(2, 5, 24), (70, 64), (3, 1, 320)], ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_equals_torch(backend, dtype, shape, add):
+def test_equals_torch(backend, dtype, shape, add, slope):
     inputs = make_inputs(shape, dtype, add)
-    results, gradients = forward_backward(add_layer_norm, inputs, backend=backend)
-    expected, expected_gradients = forward_backward(by_torch, inputs, torch.float64)
+    results, gradients = forward_backward(add_layer_norm, inputs, negative_slope=slope, backend=backend)
+    expected, expected_gradients = forward_backward(by_torch, inputs, torch.float64, negative_slope=slope)
     for y, want in (*zip(results, expected, strict=True), *((gradients[k], expected_gradients[k]) for k in gradients)):
         assert (y.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
     assert all(y.dtype == dtype for y in results)

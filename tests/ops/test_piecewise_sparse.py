@@ -112,17 +112,20 @@ def test_a_single_block_is_softmax_attention(backend):
 @needs_triton
 @pytest.mark.parametrize(("shape", "block_size"), SHAPES, ids=str)
 def test_kernels_equal_the_reference_on_the_same_blocks(shape, block_size):
-    scale, density = shape[-1] ** -0.5, 0.4
+    density = 0.4
     for dtype, tolerance in TOLERANCE.items():
         q, k, v = make_inputs(shape, dtype, magnitude=2.0)
         use_bias = dtype == torch.float32
-        o = piecewise_sparse_attention(q, k, v, density, block_size, use_bias=use_bias, backend="triton")
+        scale = (-1 if dtype == torch.float16 else 1) * shape[-1] ** -0.5
+        o = piecewise_sparse_attention(q, k, v, density, block_size, scale, use_bias, backend="triton")
 
         inputs = [x.double() for x in (q, k, v)]
         expected = reference.block_statistics(*inputs, block_size)
-        statistics = reference.BlockStatistics(*kernels.block_statistics(q, k, v, block_size))
+        statistics = reference.BlockStatistics(*kernels.block_statistics(q, k, v, block_size, use_bias))
         norms = {"slope": 1.0, "slope_norm": 1.0}  # a single token deviates from no mean: these are zero
         for name, x in statistics._asdict().items():
+            if name == "slope_norm" and not use_bias:
+                continue
             want = getattr(expected, name)
             assert (x - want).norm() <= 1e-5 * max(want.norm(), norms.get(name, 0)), name
         chosen = reference.choose_blocks(statistics, density, scale, use_bias)
@@ -136,11 +139,26 @@ def test_a_running_maximum_that_grows_late():
     q, k, v = make_inputs((1, 1, 520, 16))
     k = k + torch.linspace(0, 30, 520, device=DEVICE)[:, None]
     q = q.abs()
-    chosen = torch.zeros(1, 1, 33, 1, dtype=torch.int64, device=DEVICE)
+    choice = kernels.choose(-torch.arange(33.0, device=DEVICE).expand(1, 1, 33, 33), 1, 520, 16)
+    assert not choice[0].any()
     inputs = [x.double() for x in (q, k, v)]
-    expected = reference.attend(*inputs, reference.block_statistics(*inputs, 16), chosen, 16, 0.25)
-    _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16)
-    assert relative_error(kernels.attend(q, k, v, k_mean, v_mean, slope, chosen, 16, 0.25), expected) <= 1e-4
+    expected = reference.attend(*inputs, reference.block_statistics(*inputs, 16), choice[0].long(), 16, 0.25)
+    _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16, False)
+    assert relative_error(kernels.attend(q, k, v, k_mean, v_mean, slope, *choice, 16, 0.25), expected) <= 1e-4
+
+
+@needs_triton
+@pytest.mark.parametrize(("blocks", "kept"), [(1, 1), (5, 2), (70, 33), (64, 64), (1500, 150)])
+def test_the_choice_of_blocks(blocks, kept):
+    scores = torch.randn(1, 2, 3, blocks, generator=torch.Generator().manual_seed(0))
+    scores[0, 0, 0] = scores[0, 0, 0].sign()  # many of them equal
+    scores[0, 0, 1] = -scores[0, 0, 1].abs()
+    scores[0, 0, 2, 3:] = -torch.inf
+    chosen, log_size = (x.cpu() for x in kernels.choose(scores.to(DEVICE), kept, 16 * blocks - 5, 16))
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]  # of equal scores the first
+    assert torch.equal(chosen.long(), best.sort(dim=-1).values)
+    sizes = torch.tensor([16.0] * (blocks - 1) + [11.0] + [0.0] * (-blocks % 64))
+    torch.testing.assert_close(log_size, sizes.log2().expand_as(log_size).scatter(-1, best, -torch.inf))
 
 
 @needs_triton
@@ -205,10 +223,14 @@ def test_a_backward_pass_through_the_kernels_is_refused():
 @needs_triton
 def test_opcheck():
     q, k, v = make_inputs((1, 2, 40, 16))
-    torch.library.opcheck(kernels.block_statistics, (q, k, v, 16))
-    _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16)
-    chosen = torch.zeros(1, 2, 3, 1, dtype=torch.int64, device=DEVICE)
-    torch.library.opcheck(kernels.attend, (q, k, v, k_mean, v_mean, slope, chosen, 16, 0.25))
+    for norms in (False, True):
+        torch.library.opcheck(kernels.block_statistics, (q, k, v, 16, norms))
+    _, k_mean, v_mean, slope, _ = kernels.block_statistics(q, k, v, 16, False)
+    scores = torch.rand(1, 2, 3, 3, device=DEVICE)
+    torch.library.opcheck(kernels.choose, (scores, 2, 40, 16))
+    torch.library.opcheck(
+        kernels.attend, (q, k, v, k_mean, v_mean, slope, *kernels.choose(scores, 2, 40, 16), 16, 0.25)
+    )
 
 
 @needs_triton
