@@ -186,11 +186,10 @@ def _plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, flags: tuple
     block_d, block_dv = (max(16, 1 << (width * group - 1).bit_length()) for width in (D, D_v))
     tuning = _TUNING[kernel][max(block_d, block_dv) > 32]
     config = Config(D, D_v, group, 0, block_d, block_dv, *flags)
-    itemsize = dtype.itemsize
-    if config.SIGNED and dtype != torch.bfloat16:
-        itemsize = 4  # of the operands, of which the two signs hold twice as many
-    block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * itemsize)))
-    if config.SIGNED or itemsize > 2 or max(block_d, block_dv) > 64:  # they need more registers and shared memory
+    block_n = max(16, min(64, 2048 * _warps(config, dtype) // (max(block_d, block_dv) * dtype.itemsize)))
+    if config.SIGNED and dtype != torch.bfloat16:  # operands of two signs, in float32
+        block_n = max(16, min(64, 2048 // max(block_d, block_dv)))
+    if config.SIGNED or dtype.itemsize > 2 or max(block_d, block_dv) > 64:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
     extras = config.ROPE or config.DECOUPLED or config.PARAMETER or config.QUERY_WEIGHT or config.KEY_WEIGHT
     if kernel in (forward_kernel, backward_kernel) and extras:  # their pipelines would need too much of both
@@ -204,8 +203,11 @@ def widest_values(q: Tensor, signs: int) -> int:
     return (16384 if q.dtype == torch.bfloat16 else 8192) // (block_d * signs)
 
 
-def _warps(C: Config) -> int:
-    return 4 if C.BLOCK_D * C.BLOCK_DV * (2 if C.SIGNED else 1) <= 8192 else 8
+def _warps(C: Config, dtype: torch.dtype) -> int:
+    states = C.BLOCK_D * C.BLOCK_DV * (2 if C.SIGNED else 1)
+    if C.SIGNED and dtype != torch.bfloat16:
+        states *= 2  # so much more room their operands take
+    return 4 if states <= 8192 else 8
 
 
 def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None:
@@ -217,7 +219,7 @@ def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None
         num_stages = tuning.num_stages if tuning.persistent or problem.longest > C.BLOCK_N else 1
         grid = (min(programs, places), splits, 1)
         arguments = arguments | dict(C=C, programs=programs)
-        call(kernel, grid, arguments, _warps(C), num_stages=num_stages, maxnreg=tuning.maxnreg)
+        call(kernel, grid, arguments, _warps(C, problem.q.dtype), num_stages=num_stages, maxnreg=tuning.maxnreg)
 
 
 def _split(kernel, problem: _Problem, length: int) -> int:
