@@ -22,7 +22,7 @@ from flash_bla.ops.triton_kernels import (
     state_kernel,
 )
 from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
-from flash_bla.ops.triton_support import call, cdiv, multiprocessors, precision
+from flash_bla.ops.triton_support import call, cdiv, is_eager, multiprocessors, precision
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
@@ -382,14 +382,6 @@ class _Eager(torch.autograd.Function):
         return _differentiate(ctx, do, backward=_backward)
 
 
-def _is_eager(q: Tensor) -> bool:
-    """Whether nothing looks on that must see operators: tracing, a dispatch mode, a transform, a subclass of Tensor."""
-    return not (
-        torch.compiler.is_compiling() or type(q) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-    )  # fmt: skip
-
-
 @register_flop_formula(torch.ops.flash_bla.linear_attention_forward)
 def _forward_flops(q_shape, k_shape, v_shape, *options, **_) -> int:
     """Operations of the matrix products in the reference, for ``torch.utils.flop_counter``."""
@@ -425,7 +417,7 @@ def linear_attention(
     cos, sin = (None, None) if rope is None else (table.float() for table in rope)
     parameter = None if feature_map.parameter is None else feature_map.parameter.float().contiguous()
     query_weight, key_weight = (None if w is None else w.float() for w in (query_weight, key_weight))
-    eager = _is_eager(q)
+    eager = is_eager(q)
 
     def attend(v: Tensor) -> Tensor:
         inputs = (
