@@ -925,7 +925,7 @@ def query_sum_kernel(
 @jit
 def _softmax_scale(query_length, D: tl.constexpr):
     """What makes of Σ φ(q) the vector whose products with keys are a softmax's logarithms to base 2."""
-    return (1.4426950408889634 * D**-0.5) / query_length.to(tl.float32)
+    return (1.4426950408889634 * D**-0.5) / tl.maximum(query_length, 1).to(tl.float32)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -992,7 +992,7 @@ def merge_kernel(
         partial = partial_ptr + offsets[:, None] + i[None, :]
         sums += tl.sum(share[:, None] * tl.load(partial, mask=mask[:, None] & exists[None, :], other=0.0), 0)
     total = tl.sum(total, 0)
-    tl.store(state_ptr + i, sums / total, mask=exists)
+    tl.store(state_ptr + i, sums / tl.maximum(total, 1e-30), mask=exists)  # zero without any keys
     if tl.program_id(1) == 0:
         d = tl.arange(0, BLOCK_D)
         mean = _sum_splits(query_sum_ptr + at * D + d, heads * D, query_splits, d < D)
