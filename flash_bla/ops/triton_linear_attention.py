@@ -187,8 +187,8 @@ class _Tuning(NamedTuple):
 # For tiles of at most 32 columns, and for wider ones.
 _TUNING = {
     query_sum_kernel: (_Tuning(64, 8, 1, None), _Tuning(64, 8, 1, None)),
-    state_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
-    output_kernel: (_Tuning(64, 5, 3, 96), _Tuning(64, 5, 3, 96)),
+    state_kernel: (_Tuning(64, 2, 3, None), _Tuning(64, 2, 3, None)),
+    output_kernel: (_Tuning(64, 4, 3, 128), _Tuning(64, 4, 3, 128)),
     query_gradient_kernel: (_Tuning(32, 4, 3, 128), _Tuning(32, 2, 3, None)),
     key_gradient_kernel: (_Tuning(32, 3, 3, 168), _Tuning(32, 2, 3, None)),
     forward_kernel: (_Tuning(64, 4, 3, 128), _Tuning(64, 4, 3, 128)),
@@ -204,7 +204,7 @@ _TUNING_ROPE = _TUNING | {
     output_kernel: (_Tuning(64, 4, 2, 128), _Tuning(64, 4, 2, 128)),
 }
 _TUNING_FOCUSING = _TUNING | {
-    output_kernel: (_Tuning(64, 4, 3, 128), _Tuning(64, 4, 3, 128)),
+    state_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
     query_gradient_kernel: (_Tuning(32, 3, 2, 168), _Tuning(32, 2, 3, None)),
 }
 _TUNING_SIGNED = _TUNING | {
