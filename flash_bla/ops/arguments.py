@@ -67,7 +67,7 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.device != like.device:
-        raise ValueError(f"{name} must be on the device of q, {like.device}, got {x.device}")
+        raise ValueError(f"{name} must be on {like.device} like the other tensors, got {x.device}")
 
 
 def expect(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flash_bla.ops.arguments import choose_backend, without_autocast
+from flash_bla.ops.arguments import check_device, choose_backend, expect, without_autocast
 from flash_bla.ops.triton_layer_norm import layer_norm_backward, layer_norm_forward
 from flash_bla.ops.triton_support import is_eager
 
@@ -42,7 +42,16 @@ def add_layer_norm(
 
     Returns:
         y and s.
+
+    Raises:
+        ValueError: A shape or device that does not fit.
     """
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        expect(name, parameter, (x.shape[-1],), "(C,) with C of x")
+        check_device(name, parameter, x)
+    if add is not None:
+        expect("add", add, tuple(x.shape), "that of x")
+        check_device("add", add, x)
     dtype = x.dtype
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -12,14 +12,14 @@ from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_support import is_eager
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-LARGE = 2**23  # elements of the output from which on the kernels take longer than the calls that launch them
+LARGE = 2**23  # elements of the output from which on kernels should take longer than their launches: an estimate
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """``F.linear``; in eager mixed-precision training the gradients of weight and bias come in float32 at once.
 
-    PyTorch gives them in half precision and converts them, and sums the rows of the bias's gradient at a seventh of
-    the memory's speed. For small outputs and everywhere else, ``torch.compile`` included, this is ``F.linear`` itself.
+    PyTorch gives them in half precision and converts them. For small outputs and everywhere else, ``torch.compile``
+    included, this is ``F.linear`` itself.
 
     Args:
         x: ``(..., C)``.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flash_bla.ops.arguments import autocast, choose_backend
+from flash_bla.ops.arguments import autocast, check_device, choose_backend, expect
 from flash_bla.ops.triton_support import cdiv, is_eager, jit, launch, tl
 
 BLOCK = 2048
@@ -20,7 +20,12 @@ def silu_gate(x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
         x: Any shape.
         gate: The same shape; under autocast both are cast to its type.
         backend: As in ``linear_attention``; ``torch.compile`` takes the reference, which it fuses with its neighbours.
+
+    Raises:
+        ValueError: A shape or device that does not fit.
     """
+    expect("gate", gate, tuple(x.shape), "that of x")
+    check_device("gate", gate, x)
     x, gate = autocast(x, gate)
     if choose_backend(backend, x) == "triton" and is_eager(x):
         return _Eager.apply(x, gate)

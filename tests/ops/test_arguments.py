@@ -18,7 +18,7 @@ HALF = X.half()
         ((X, X, X[:, :, :4]), {}, ValueError, r"v must have shape .* M of k, here \(2, 3, 8, 16\), got \(2, 3, 4,"),
         ((X, HALF, X), {}, TypeError, r"k must have the dtype of q, torch.float32, got torch.float16"),
         ((X.int(), X, X), {}, TypeError, r"q must be float16, .*got torch.int32"),
-        ((X, X, X.to("meta")), {}, ValueError, r"v must be on the device of q, cpu, got meta"),
+        ((X, X, X.to("meta")), {}, ValueError, r"v must be on cpu like the other tensors, got meta"),
         ((X, X, [1]), {}, TypeError, r"v must be a tensor .* got list"),
         ((X, X, X), dict(feature_map="elu"), ValueError, r"feature_map must be one of .*got 'elu'"),
         ((X, X, X), dict(feature_map="signed_power"), ValueError, r"pass flash_bla.ops.signed_power"),

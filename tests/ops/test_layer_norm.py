@@ -86,3 +86,10 @@ def test_compiled_without_graph_breaks():
     expected, expected_gradients = forward_backward(add_layer_norm, inputs)
     torch.testing.assert_close(results, expected)
     torch.testing.assert_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("name, shape", [("weight", (8,)), ("bias", (1, 16)), ("add", (1, 16))])
+def test_another_shape_is_refused(name, shape):
+    tensors = {"weight": torch.ones(16), "bias": torch.zeros(16)} | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=f"{name} must have shape"):
+        add_layer_norm(torch.randn(3, 16), eps=EPS, **tensors)

@@ -23,3 +23,8 @@ def test_equals_its_definition(dtype):
     wanted = [expected, *torch.autograd.grad(expected, wide, dy.double())]
     for got, want in zip(results, wanted, strict=True):
         assert got.dtype == dtype and (got.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+
+
+def test_a_gate_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"gate must have shape that of x, here \(2, 8\), got \(2, 4\)"):
+        silu_gate(torch.randn(2, 8), torch.randn(2, 4))
