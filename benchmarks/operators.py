@@ -86,7 +86,7 @@ class Inputs(NamedTuple):
     k: Tensor
     v: Tensor
     parameter: Tensor | None
-    rope: tuple[Tensor, Tensor] | None
+    rope: Tensor | None
     do: Tensor
 
     @property

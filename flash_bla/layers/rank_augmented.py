@@ -10,7 +10,7 @@ from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
-from flash_bla.ops import FeatureMap, linear_attention
+from flash_bla.ops import linear_attention
 from flash_bla.ops.reference import rotate
 
 
@@ -69,9 +69,9 @@ class RankAugmentedLinearAttention(nn.Module):
         o = self.attend(*(split_heads(y, self.num_heads) for y in (q, k, v)), rope)
         return self.proj_drop(self.proj(self.lepe(v, grid, add=merge_heads(o), gate=gate)))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
         """The attention itself, without its surroundings: q, k and v ``(B, H, N, D)`` to ``(B, H, N, D)``."""
-        return linear_attention(q, k, v, feature_map="elu1", key_weight=key_weights(q, k), rope=rope)
+        return linear_attention(q, k, v, feature_map="elu1", key_weight="softmax", rope=rope)
 
 
 @register_attention("rala_softmax")
@@ -86,24 +86,7 @@ class GatedSoftmaxAttention(RankAugmentedLinearAttention):
         Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", CVPR 2025.
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
         """The attention itself, without its surroundings: q, k and v ``(B, H, N, D)`` to ``(B, H, N, D)``."""
-        q, k = (rotate(at_least_float32(x), *rope).to(v.dtype) for x in (q, k))
+        q, k = (rotate(at_least_float32(x), rope).to(v.dtype) for x in (q, k))
         return F.scaled_dot_product_attention(q, k, v)
-
-
-def key_weights(q: Tensor, k: Tensor) -> Tensor:
-    """RALA's weight of each key, w = N softmax(d^-0.5 · mean(φ(q)) · φ(k)), in float32.
-
-    Args:
-        q: Queries ``(B, H, N, D)`` before the feature map.
-        k: Keys ``(B, H, N, D)`` before the feature map.
-
-    Returns:
-        ``(B, H, N)``, of mean 1.
-    """
-    phi = FeatureMap("elu1")
-    q, k = phi(at_least_float32(q)), phi(at_least_float32(k))
-    # A product and a sum: autocast would compute a matrix product in half precision.
-    scores = (q.mean(dim=2, keepdim=True) * k).sum(dim=-1)
-    return k.shape[2] * F.softmax(scores * k.shape[3] ** -0.5, dim=-1)

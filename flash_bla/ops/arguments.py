@@ -44,6 +44,15 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in tensors)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's type where it is on, else that of x."""
+    return (
+        x.dtype
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type)
+        else torch.get_autocast_dtype(x.device.type)
+    )
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Where operations on x and its like keep their types."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

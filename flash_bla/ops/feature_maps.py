@@ -152,7 +152,7 @@ def _elu1_dx(x, phi, a, P: tl.constexpr):
     return tl.minimum(phi, 1.0)
 
 
-# --- focusing power (the Triton functions give uᵖ; the norm ratio comes as a weight per token) ------------------------
+# --- focusing power (the Triton functions give uᵖ, a being 1 / scale; the norm ratio is a weight of the token) --------
 
 
 def _focusing_power(x, parameter, exponent):
@@ -162,28 +162,26 @@ def _focusing_power(x, parameter, exponent):
 
 @jit
 def _integer_power(u, P: tl.constexpr):
-    power = u * 0.0 + 1.0
-    for _ in tl.static_range(P):
-        power = power * u
-    return power
+    if P == 0:
+        return u * 0.0 + 1.0
+    else:
+        power = u
+        for _ in tl.static_range(P - 1):
+            power = power * u
+        return power
 
 
 @jit
 def _focusing_power_triton(x, a, P: tl.constexpr):
-    return _integer_power((tl.maximum(x, 0.0) + 1e-6) / a, P)
+    return _integer_power((tl.maximum(x, 0.0) + 1e-6) * a, P)
 
 
 @jit
 def _focusing_power_dx(x, phi, a, P: tl.constexpr):
-    return tl.where(x > 0.0, P * _integer_power((tl.maximum(x, 0.0) + 1e-6) / a, P - 1) / a, 0.0)
+    return tl.where(x > 0.0, _integer_power((tl.maximum(x, 0.0) + 1e-6) * a, P - 1) * (P * a), 0.0)
 
 
-@jit
-def _focusing_power_da(x, phi, a, P: tl.constexpr):
-    return -P * phi / a
-
-
-# --- signed power (the Triton functions are of |x|; the kernels know the sign) ----------------------------------------
+# --- signed power (the Triton functions are of sign(x) |x|ᵃ; the kernels tell the signs apart) ------------------------
 
 
 def _signed_power(x, parameter, exponent):
@@ -197,22 +195,28 @@ def _signed_power(x, parameter, exponent):
 
 @jit
 def _log2_magnitude(x):
-    return fast_log2(tl.maximum(x, 1e-37))  # finite at 0
+    return tl.maximum(fast_log2(tl.abs(x)), -1e30)  # its products with 0 are 0
+
+
+@jit
+def _less_one(a):
+    return tl.maximum(a - 1.0, 1e-7)  # so that |x|^(a - 1) is 0 at 0 for a = 1, too
 
 
 @jit
 def _signed_power_triton(x, a, P: tl.constexpr):
-    return tl.exp2(a * _log2_magnitude(x))
+    return x * tl.exp2(_less_one(a) * _log2_magnitude(x))
 
 
 @jit
 def _signed_power_dx(x, phi, a, P: tl.constexpr):
-    return a * tl.exp2((a - 1.0) * _log2_magnitude(x))
+    power = tl.exp2(_less_one(a) * _log2_magnitude(x))
+    return _less_one(a) * power + power
 
 
 @jit
 def _signed_power_da(x, phi, a, P: tl.constexpr):
-    return 0.6931471805599453 * _log2_magnitude(x) * phi
+    return _log2_magnitude(x) * phi  # log 2 is left to the kernels
 
 
 FEATURE_MAPS = {
@@ -223,12 +227,12 @@ FEATURE_MAPS = {
     "signed_power": _signed_power,
 }
 
-# name: (value, derivative by x, derivative by the parameter, where the value is zero); a map without a parameter never
-# calls the third.
+# name: (value, derivative by x, derivative by the parameter, where the value is zero); the kernels take the third of
+# signed_power alone.
 TRITON_FEATURE_MAPS = {
     "identity": (_identity_triton, _identity_dx, _identity_dx, 0.0),
     "relu": (_relu_triton, _relu_dx, _relu_dx, 0.0),
     "elu1": (_elu1_triton, _elu1_dx, _elu1_dx, -1e4),
-    "focusing_power": (_focusing_power_triton, _focusing_power_dx, _focusing_power_da, 0.0),
+    "focusing_power": (_focusing_power_triton, _focusing_power_dx, _focusing_power_dx, 0.0),
     "signed_power": (_signed_power_triton, _signed_power_dx, _signed_power_da, 0.0),
 }

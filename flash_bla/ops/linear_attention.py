@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flash_bla.ops import triton_linear_attention
 from flash_bla.ops.arguments import autocast, check_device, check_tensors, choose_backend, expect
-from flash_bla.ops.feature_maps import FeatureMap, focusing_norm_ratio, resolve_feature_map
+from flash_bla.ops.feature_maps import FeatureMap, resolve_feature_map
 from flash_bla.ops.reference import linear_attention_reference
 
 
@@ -17,8 +17,8 @@ def linear_attention(
     v: Tensor,
     *,
     feature_map: str | FeatureMap | None = None,
-    key_weight: Tensor | None = None,
-    rope: tuple[Tensor, Tensor] | None = None,
+    key_weight: Tensor | str | None = None,
+    rope: Tensor | None = None,
     normalize: bool = True,
     scale: float | None = None,
     eps: float = 1e-6,
@@ -38,9 +38,10 @@ def linear_attention(
         v: Values ``(B, H, M, Dv)``, of the dtype of q and k: float16, bfloat16, float32 or float64.
         feature_map: φ: None (identity), ``"elu1"`` (elu + 1), ``"relu"``, or what ``focusing_power(scale)`` or
             ``signed_power(power)`` return. With ``signed_power`` Dv must be even, and ``rope`` is not possible.
-        key_weight: w, ``(B, H, M)`` or broadcastable to it; differentiable.
-        rope: Cosines and sines, each ``(1 or H, N, D/2)``, of the angles by which adjacent channels of φ(q) and φ(k)
-            turn in the numerator; M must equal N. Not differentiable.
+        key_weight: w, ``(B, H, M)`` or broadcastable to it; differentiable. Or ``"softmax"``, the weights of RALA:
+            w = M softmax_m(D^-0.5 · mean_n(φ(q_n)) · φ(k_m)); not with ``focusing_power`` and ``signed_power``.
+        rope: ``(1 or H, N, D/2, 2)``: cosine and sine of the angles by which pairs of adjacent channels of φ(q) and
+            φ(k) turn in the numerator; M must equal N. float16 is enough for bfloat16 inputs. Not differentiable.
         normalize: False leaves the denominator out.
         scale: Factor of the numerator, 1/M by default.
         eps: Added to the denominator.
@@ -65,7 +66,12 @@ def linear_attention(
     expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
     expect("v", v, (B, H, M, v.shape[3]), "(B, H, M, Dv) with B, H of q and M of k")
     _check_feature_map(feature_map, q, v, rope)
-    if key_weight is not None:
+    if isinstance(key_weight, str):
+        if key_weight != "softmax":
+            raise ValueError(f'key_weight must be a tensor, "softmax" or None, got {key_weight!r}')
+        if feature_map.parameter is not None:
+            raise ValueError(f'key_weight="softmax" is not defined for {feature_map.name}')
+    elif key_weight is not None:
         check_device("key_weight", key_weight, q)
         try:
             key_weight = key_weight.expand(B, H, M)
@@ -74,7 +80,7 @@ def linear_attention(
                 f"key_weight must be broadcastable to (B, H, M) = {(B, H, M)}, got {tuple(key_weight.shape)}"
             ) from error
     if rope is not None:
-        rope = _check_rope(rope, q, M)
+        _check_rope(rope, q, M)
     return _run(q, k, v, feature_map, backend, key_weight=key_weight, rope=rope, normalize=normalize, scale=scale,
                 eps=eps)  # fmt: skip
 
@@ -184,16 +190,7 @@ def varlen_linear_attention(
 def _run(q, k, v, feature_map, backend, *, max_seqlen=None, **arguments) -> Tensor:
     if choose_backend(backend, q) == "reference":
         return linear_attention_reference(q, k, v, feature_map, **arguments)
-    query_weight, key_weight = None, arguments.pop("key_weight", None)
-    if feature_map.name == "focusing_power":  # the kernels compute uᵖ; the norm ratio joins as a weight per token
-        parameter = feature_map.parameter.float()[:, None]
-        query_weight, k_ratio = (
-            focusing_norm_ratio(x.float(), parameter, feature_map.exponent).expand(x.shape[:3]) for x in (q, k)
-        )
-        key_weight = k_ratio if key_weight is None else key_weight * k_ratio
-    return triton_linear_attention.linear_attention(
-        q, k, v, feature_map, query_weight=query_weight, key_weight=key_weight, max_seqlen=max_seqlen, **arguments
-    )
+    return triton_linear_attention.linear_attention(q, k, v, feature_map, max_seqlen=max_seqlen, **arguments)
 
 
 def _check_feature_map(feature_map: FeatureMap, q: Tensor, v: Tensor, rope) -> None:
@@ -207,15 +204,12 @@ def _check_feature_map(feature_map: FeatureMap, q: Tensor, v: Tensor, rope) -> N
         raise ValueError("rope is not defined for the 2D features of signed_power")
 
 
-def _check_rope(rope, q: Tensor, M: int) -> tuple[Tensor, Tensor]:
+def _check_rope(rope: Tensor, q: Tensor, M: int) -> None:
     _, H, N, D = q.shape
-    if not isinstance(rope, (tuple, list)) or len(rope) != 2:
-        raise TypeError("rope must be a pair (cos, sin) of tensors")
+    check_device("rope", rope, q)
     if M != N or D % 2:
         raise ValueError(f"rope needs as many keys as queries and an even head width, got N={N}, M={M}, D={D}")
-    for name, table in zip(("rope's cos", "rope's sin"), rope, strict=True):
-        check_device(name, table, q)
-        if table.ndim != 3 or table.shape[0] not in (1, H) or tuple(table.shape[1:]) != (N, D // 2):
-            raise ValueError(f"{name} must have shape (1 or H, N, D/2), here ({H}, {N}, {D // 2}), "
-                             f"got {tuple(table.shape)}")  # fmt: skip
-    return tuple(rope)
+    if rope.ndim != 4 or rope.shape[0] not in (1, H) or tuple(rope.shape[1:]) != (N, D // 2, 2):
+        raise ValueError(
+            f"rope must have shape (1 or H, N, D/2, 2), here ({H}, {N}, {D // 2}, 2), got {tuple(rope.shape)}"
+        )

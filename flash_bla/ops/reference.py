@@ -19,8 +19,8 @@ def linear_attention_reference(
     feature_map: FeatureMap,
     q_denominator: Tensor | None = None,
     k_denominator: Tensor | None = None,
-    key_weight: Tensor | None = None,
-    rope: tuple[Tensor, Tensor] | None = None,
+    key_weight: Tensor | str | None = None,
+    rope: Tensor | None = None,
     normalize: bool = True,
     scale: float | None = None,
     eps: float = 1e-6,
@@ -49,6 +49,8 @@ def linear_attention_reference(
     dtype = torch.promote_types(out_dtype, torch.float32)
     with without_autocast(q):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if isinstance(key_weight, str):
+            key_weight = softmax_weights(feature_map(q), feature_map(k))
         weight = None if key_weight is None else key_weight.to(dtype).unsqueeze(-1)
         if feature_map.signed:
             same, opposite = v.chunk(2, dim=-1)
@@ -63,8 +65,15 @@ def linear_attention_reference(
         q_tilde = q_hat if q_denominator is None else feature_map(q_denominator.to(dtype))
         k_tilde = k_hat if k_denominator is None else feature_map(k_denominator.to(dtype))
         if rope is not None:
-            q_hat, k_hat = rotate(q_hat, *rope), rotate(k_hat, *rope)
+            q_hat, k_hat = rotate(q_hat, rope), rotate(k_hat, rope)
         return _attend(q_hat, k_hat, v, normalize, scale, eps, q_tilde, k_tilde).to(out_dtype)
+
+
+def softmax_weights(q_hat: Tensor, k_hat: Tensor) -> Tensor:
+    """RALA's weight of each key, of mean 1: M softmax(D^-0.5 · mean(q̂) · k̂), ``(B, H, M)``."""
+    # a product and a sum: autocast would compute a matrix product in half precision
+    scores = (q_hat.mean(dim=2, keepdim=True) * k_hat).sum(dim=-1)
+    return k_hat.shape[2] * torch.softmax(scores * k_hat.shape[3] ** -0.5, dim=-1)
 
 
 def _attend(q_hat, k_hat, v, normalize, scale, eps, q_tilde=None, k_tilde=None):
@@ -77,8 +86,8 @@ def _attend(q_hat, k_hat, v, normalize, scale, eps, q_tilde=None, k_tilde=None):
     return o / (q_tilde @ k_tilde.mean(dim=-2, keepdim=True).transpose(-2, -1) + eps)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns adjacent channel pairs: (x₂ⱼ, x₂ⱼ₊₁) by the angle whose cosine and sine are given, ``(1 or H, N, D/2)``."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns adjacent channels (x₂ⱼ, x₂ⱼ₊₁) by angles whose cosine and sine are given: ``(1 or H, N, D/2, 2)``."""
+    cos, sin = rope.to(x.dtype).unbind(-1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)

@@ -16,13 +16,16 @@ from flash_bla.ops.triton_kernels import (
     backward_kernel,
     forward_kernel,
     key_gradient_kernel,
+    merge_kernel,
     output_kernel,
     query_gradient_kernel,
+    query_sum_kernel,
     reduce_kernel,
     state_kernel,
 )
+from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios, ratio_gradient_programs
 from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
-from flash_bla.ops.triton_support import call, cdiv, is_eager, multiprocessors, precision
+from flash_bla.ops.triton_support import call, cdiv, is_eager, multiprocessors, power_of_two, precision
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
@@ -36,10 +39,8 @@ class _Problem(NamedTuple):
     q_denominator: Tensor | None
     k_denominator: Tensor | None
     parameter: Tensor | None
-    query_weight: Tensor | None
     key_weight: Tensor | None
-    cos: Tensor | None
-    sin: Tensor | None
+    rope: Tensor | None
     cu_seqlens: Tensor | None
     max_seqlen: int
     feature_map: str
@@ -47,6 +48,8 @@ class _Problem(NamedTuple):
     normalize: bool
     scale: float | None
     eps: float
+    softmax: bool
+    query_weight: Tensor | None = None
 
     @property
     def signs(self) -> int:
@@ -62,32 +65,48 @@ class _Problem(NamedTuple):
 
     @property
     def short(self) -> bool:
-        """Whether a sequence is never split."""
+        """Whether a sequence is too short to be split, where one launch can do all."""
         return self.cu_seqlens is None and self.longest <= 4 * self.q.shape[3]
 
     @property
     def sums_keys_again(self) -> bool:
         """Whether the backward pass does: the state would be about as large as keys and values are."""
-        return self.short and self.longest <= 2 * self.q.shape[3]
+        return self.short and not self.softmax and self.longest <= 2 * self.q.shape[3]
 
     @property
     def single(self) -> bool:
         """Whether the kernels for sequences of one tile do all that is asked for."""
-        extras = (self.q_denominator, self.parameter, self.query_weight, self.key_weight, self.cos)
+        extras = (self.q_denominator, self.parameter, self.key_weight, self.rope)
         return (
             self.sums_keys_again and self.longest <= 64 and max(self.q.shape[3], self.v.shape[3]) <= 64
             and self.q.dtype == torch.bfloat16 and self.normalize and all(x is None for x in extras)
         )  # fmt: skip
 
     def empty_state(self, splits: int) -> Tensor:
-        """S, and z as its last row, for each split."""
+        """S, z as its next row, and of a softmax two more, for each split."""
         _, H, _, D = self.q.shape
-        shape = (splits, self.sequences, H, self.signs, self.v.shape[3] + 1, D)
+        shape = (splits, self.sequences, H, self.signs, self.v.shape[3] + (3 if self.softmax else 1), D)
         return torch.empty(shape, dtype=torch.float32, device=self.q.device)
 
     def saved_state(self) -> Tensor:
         """What the forward pass leaves for the backward pass."""
         return self.q.new_empty(0, dtype=torch.float32) if self.sums_keys_again else self.empty_state(1)[0]
+
+    def empty_ratios(self) -> Tensor:
+        """The norm ratios of queries and keys, beside each other; of no elements where the map has none."""
+        B, _, N, _ = self.q.shape
+        shape = (B, N + self.k.shape[2]) if self.feature_map == "focusing_power" else (0, 0)
+        return self.q.new_empty(shape, dtype=torch.float32)
+
+    def with_ratios(self, ratios: Tensor) -> _Problem:
+        """The norm ratios join as weights of queries and keys."""
+        if ratios.numel() == 0:
+            return self
+        _, H, N, _ = self.q.shape
+        query_weight, key_weight = (x[:, None].expand(-1, H, -1) for x in (ratios[:, :N], ratios[:, N:]))
+        if self.key_weight is not None:
+            key_weight = key_weight * self.key_weight
+        return self._replace(query_weight=query_weight, key_weight=key_weight)
 
     def empty_output(self) -> Tensor:
         B, H, N, _ = self.q.shape
@@ -108,8 +127,8 @@ class _Problem(NamedTuple):
         _, H, _, D = self.q.shape
         flags = (
             self.exponent, self.signs == 2, self.parameter is not None, self.normalize,
-            self.normalize and self.cos is None and self.q_denominator is None, self.cos is not None,
-            self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None,
+            self.normalize and self.rope is None and self.q_denominator is None, self.rope is not None,
+            self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None, self.softmax,
             self.cu_seqlens is not None, self.scale is None,
             self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
             any(_is_wide(x) for x in (self.q, self.k, self.v)),
@@ -127,9 +146,9 @@ class _Problem(NamedTuple):
             wk=self.key_weight,
         )  # fmt: skip
         return _with_strides(tensors) | dict(
-            a_ptr=self.parameter, cos_ptr=self.cos, sin_ptr=self.sin, rope_strides=_rope_strides(self.cos),
-            cu_seqlens=self.cu_seqlens, query_length=self.q.shape[2], key_length=self.k.shape[2],
-            heads=self.q.shape[1], scale=self.scale or 0.0, eps=self.eps,
+            a_ptr=self.parameter, rope_ptr=self.rope, rope_strides=_rope_strides(self.rope),
+            cu_seqlens=self.cu_seqlens, query_sum_ptr=None, query_splits=0, query_length=self.q.shape[2],
+            key_length=self.k.shape[2], heads=self.q.shape[1], scale=self.scale or 0.0, eps=self.eps,
             PHI=phi, PHI_DX=phi_dx, PHI_DA=phi_da, PAD=pad, **precision(self.q.dtype),
         )  # fmt: skip
 
@@ -148,10 +167,11 @@ def _with_strides(tensors: dict[str, Tensor | None]) -> dict:
     return arguments
 
 
-def _rope_strides(table: Tensor | None) -> tuple[int, int, int]:
+def _rope_strides(table: Tensor | None) -> tuple[int, int, int, int]:
+    """As of a tensor whose columns are cosines and sines by turns."""
     if table is None:
-        return (0, 0, 0)
-    return (0 if table.shape[0] == 1 else table.stride(0), table.stride(1), table.stride(2))
+        return (0, 0, 0, 0)
+    return (0, 0 if table.shape[0] == 1 else table.stride(0), table.stride(1), 1)
 
 
 class _Tuning(NamedTuple):
@@ -166,8 +186,9 @@ class _Tuning(NamedTuple):
 
 # For tiles of at most 32 columns, and for wider ones.
 _TUNING = {
-    state_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
-    output_kernel: (_Tuning(64, 5, 3, 96), _Tuning(64, 5, 3, 96)),
+    query_sum_kernel: (_Tuning(64, 8, 1, None), _Tuning(64, 8, 1, None)),
+    state_kernel: (_Tuning(64, 2, 3, None), _Tuning(64, 2, 3, None)),
+    output_kernel: (_Tuning(64, 4, 3, 128), _Tuning(64, 4, 3, 128)),
     query_gradient_kernel: (_Tuning(32, 4, 3, 128), _Tuning(32, 2, 3, None)),
     key_gradient_kernel: (_Tuning(32, 3, 3, 168), _Tuning(32, 2, 3, None)),
     forward_kernel: (_Tuning(64, 4, 3, 128), _Tuning(64, 4, 3, 128)),
@@ -177,21 +198,45 @@ _TUNING = {
 }
 
 
+# The same for what takes more registers: rotary encodings and the softmax, the focusing map, and the map of two signs.
+_TUNING_ROPE = _TUNING | {
+    state_kernel: (_Tuning(64, 4, 2, 128), _Tuning(64, 4, 2, 128)),
+    output_kernel: (_Tuning(64, 4, 2, 128), _Tuning(64, 4, 2, 128)),
+}
+_TUNING_FOCUSING = _TUNING | {
+    state_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
+    query_gradient_kernel: (_Tuning(32, 3, 2, 168), _Tuning(32, 2, 3, None)),
+}
+_TUNING_SIGNED = _TUNING | {
+    state_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
+    output_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
+    query_gradient_kernel: (_Tuning(32, 3, 2, 168), _Tuning(32, 2, 1, None)),
+    key_gradient_kernel: (_Tuning(32, 2, 3, None), _Tuning(32, 2, 3, None)),
+}
+
+
 @lru_cache(maxsize=1024)
 def _plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, flags: tuple) -> tuple[Config, _Tuning]:
     """Sides of the tiles, all of D and D_v and as many rows as a program's registers hold, and the tuning."""
+    config = Config(D, D_v, 1, 0, 0, 0, *flags)
+    table = _TUNING
+    if config.SIGNED:
+        table = _TUNING_SIGNED
+    elif config.PARAMETER:
+        table = _TUNING_FOCUSING
+    elif config.ROPE or config.SOFTMAX:
+        table = _TUNING_ROPE
     group = 1
     if D == D_v and D in (8, 16, 32):
-        group = min(max(1, _TUNING[kernel][0].width // D), 4, 1 << (heads.bit_length() - 1))
+        group = min(max(1, table[kernel][0].width // D), 4, 1 << (heads.bit_length() - 1))
     block_d, block_dv = (max(16, 1 << (width * group - 1).bit_length()) for width in (D, D_v))
-    tuning = _TUNING[kernel][max(block_d, block_dv) > 32]
-    config = Config(D, D_v, group, 0, block_d, block_dv, *flags)
-    block_n = max(16, min(64, 2048 * _warps(config, dtype) // (max(block_d, block_dv) * dtype.itemsize)))
-    if config.SIGNED and dtype != torch.bfloat16:  # operands of two signs, in float32
-        block_n = max(16, min(64, 2048 // max(block_d, block_dv)))
-    if config.SIGNED or dtype.itemsize > 2 or max(block_d, block_dv) > 64:  # they need more registers and shared memory
+    tuning = table[kernel][max(block_d, block_dv) > 32]
+    config = config._replace(GROUP=group, BLOCK_D=block_d, BLOCK_DV=block_dv)
+    block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * dtype.itemsize)))
+    wide = max(block_d, block_dv) > 64 or dtype.itemsize > 2 or config.SIGNED and dtype != torch.bfloat16
+    if wide:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
-    extras = config.ROPE or config.DECOUPLED or config.PARAMETER or config.QUERY_WEIGHT or config.KEY_WEIGHT
+    extras = config.ROPE or config.DECOUPLED or config.PARAMETER or config.KEY_WEIGHT
     if kernel in (forward_kernel, backward_kernel) and extras:  # their pipelines would need too much of both
         tuning = tuning._replace(num_stages=1)
     return config._replace(BLOCK_N=block_n), tuning
@@ -203,36 +248,37 @@ def widest_values(q: Tensor, signs: int) -> int:
     return (16384 if q.dtype == torch.bfloat16 else 8192) // (block_d * signs)
 
 
-def _warps(C: Config, dtype: torch.dtype) -> int:
-    states = C.BLOCK_D * C.BLOCK_DV * (2 if C.SIGNED else 1)
-    if C.SIGNED and dtype != torch.bfloat16:
-        states *= 2  # so much more room their operands take
-    return 4 if states <= 8192 else 8
+def _warps(C: Config) -> int:
+    return 4 if C.BLOCK_D * C.BLOCK_DV * (2 if C.SIGNED else 1) <= 8192 else 8
 
 
-def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None:
+def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1, roles: int = 1) -> None:
     C, tuning = problem.plan(kernel)
     programs = problem.programs(C)
     if programs > 0:
         places = tuning.resident * multiprocessors(problem.q.device) if tuning.persistent else programs
         # a loop of one tile needs no pipeline
         num_stages = tuning.num_stages if tuning.persistent or problem.longest > C.BLOCK_N else 1
-        grid = (min(programs, places), splits, 1)
+        grid = (min(programs, places), splits, roles)
         arguments = arguments | dict(C=C, programs=programs)
-        call(kernel, grid, arguments, _warps(C, problem.q.dtype), num_stages=num_stages, maxnreg=tuning.maxnreg)
+        call(kernel, grid, arguments, _warps(C), num_stages=num_stages, maxnreg=tuning.maxnreg)
 
 
-def _split(kernel, problem: _Problem, length: int) -> int:
+def _split(kernel, problem: _Problem, length: int, roles: int = 1) -> int:
     """Into how many parts to cut sequences so that a kernel's programs fill all multiprocessors once."""
     C, tuning = problem.plan(kernel)
     if problem.cu_seqlens is not None:
         length = problem.max_seqlen
     places = tuning.resident * multiprocessors(problem.q.device)
-    return max(1, min(places // max(problem.programs(C), 1), cdiv(length, C.BLOCK_N), 65535))
+    return max(1, min(places // max(problem.programs(C) * roles, 1), cdiv(length, C.BLOCK_N), 65535))
 
 
 def _fits(kernel, problem: _Problem) -> bool:
-    """Whether a program for each sequence is work enough for all multiprocessors."""
+    """Whether one launch, with a program for each sequence, is fastest: work enough for all, and not too much code."""
+    if problem.softmax or problem.signs == 2:
+        return False
+    if kernel is backward_kernel and (problem.rope is not None or problem.parameter is not None):
+        return False
     programs = problem.programs(problem.plan(kernel)[0])
     return problem.short or programs >= 3 * multiprocessors(problem.q.device)
 
@@ -249,35 +295,61 @@ def _reduce(partial: Tensor) -> Tensor:
     return total
 
 
+def _merge(partial: Tensor, query_sums: Tensor, p: _Problem) -> Tensor:
+    """The state of a softmax from those of its splits."""
+    state = torch.empty_like(partial[0])
+    rows, D = state.shape[-2:]
+    heads = state.numel() // (rows * D)
+    arguments = dict(
+        partial_ptr=partial, query_sum_ptr=query_sums, state_ptr=state, query_length=p.q.shape[2],
+        splits=partial.shape[0], query_splits=query_sums.shape[0], D=D, ROWS=rows, BLOCK_D=max(16, power_of_two(D)),
+        BLOCK=512, SPLITS=8,
+    )  # fmt: skip
+    if heads > 0:
+        call(merge_kernel, (heads, cdiv((rows - 2) * D, 512), 1), arguments)
+    return state
+
+
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-def _attend(p: _Problem, keep_state: bool = True) -> tuple[Tensor, Tensor]:
-    """The output, and for the backward pass the keys' state, of no elements if it sums the keys again."""
-    o = p.empty_output()
+def _attend(p: _Problem, keep_state: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and for the backward pass the keys' state and the norm ratios.
+
+    The state has no elements if the backward pass sums the keys again.
+    """
+    o, ratios = p.empty_output(), p.empty_ratios()
+    if ratios.numel() > 0:
+        norm_ratios(ratios, p.q, p.k, p.parameter, p.exponent)
+        p = p.with_ratios(ratios)
     arguments = p.arguments() | _with_strides(dict(o=o))
     if _fits(forward_kernel, p):
         state = p.saved_state() if keep_state else p.q.new_empty(0, dtype=torch.float32)
         kernel = single_forward_kernel if p.single else forward_kernel
         _launch(kernel, p, arguments | dict(state_ptr=state if state.numel() > 0 else None))
-        return o, state
+        return o, state, ratios
+    if p.softmax:
+        query_splits = _split(query_sum_kernel, p, p.q.shape[2])
+        query_sums = p.q.new_empty((query_splits, *p.q.shape[:2], p.q.shape[3]), dtype=torch.float32)
+        arguments |= dict(query_sum_ptr=query_sums, query_splits=query_splits)
+        _launch(query_sum_kernel, p, arguments, query_splits)
     splits = _split(state_kernel, p, p.k.shape[2])
     state = p.empty_state(splits)
     _launch(state_kernel, p, arguments | dict(state_ptr=state), splits)
-    state = _reduce(state)
+    state = _merge(state, query_sums, p) if p.softmax else _reduce(state)
     _launch(output_kernel, p, arguments | dict(state_ptr=state), _split(output_kernel, p, p.q.shape[2]))
-    return o, state
+    return o, p.saved_state() if p.sums_keys_again else state, ratios
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None, k_denominator: Tensor | None,
-    parameter: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, feature_map: str, exponent: int, normalize: bool,
-    scale: float | None, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    parameter: Tensor | None, key_weight: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None,
+    max_seqlen: int, feature_map: str, exponent: int, normalize: bool, scale: float | None,
+    eps: float, softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _attend(
-        _Problem(q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
-                 max_seqlen, feature_map, exponent, normalize, scale, eps)
+        _Problem(q, k, v, q_denominator, k_denominator, parameter, key_weight, rope, cu_seqlens, max_seqlen,
+                 feature_map, exponent, normalize, scale, eps, softmax)
     )  # fmt: skip
 
 
@@ -287,81 +359,98 @@ linear_attention_forward = torch.library.custom_op("flash_bla::linear_attention_
 @linear_attention_forward.register_fake
 def _(*arguments):
     p = _Problem(*arguments)
-    return p.empty_output(), p.saved_state()
+    return p.empty_output(), p.saved_state(), p.empty_ratios()
 
 
 def _backward(
-    do: Tensor, state: Tensor, keys: bool,
+    do: Tensor, state: Tensor, ratios: Tensor, keys: bool,
     q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None, k_denominator: Tensor | None,
-    parameter: Tensor | None, query_weight: Tensor | None, key_weight: Tensor | None, cos: Tensor | None,
-    sin: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int, feature_map: str, exponent: int, normalize: bool,
-    scale: float | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the first eight inputs of the forward operator; without ``keys`` those of the queries alone.
+    parameter: Tensor | None, key_weight: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None,
+    max_seqlen: int, feature_map: str, exponent: int, normalize: bool, scale: float | None,
+    eps: float, softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the first seven inputs of the forward operator; without ``keys`` those of the queries alone.
 
     A gradient that does not exist has no elements.
     """
-    p = _Problem(q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
-                 max_seqlen, feature_map, exponent, normalize, scale, eps)  # fmt: skip
+    p = _Problem(q, k, v, q_denominator, k_denominator, parameter, key_weight, rope, cu_seqlens, max_seqlen,
+                 feature_map, exponent, normalize, scale, eps, softmax).with_ratios(ratios)  # fmt: skip
     do = do.contiguous() if _is_wide(do) else do  # its strides are no part of the plan
-    dq, dqd, dwq = p.empty_like(q), p.empty_like(q_denominator), p.empty_like(query_weight)
-    dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, k_denominator, key_weight))
+    dq, dqd = p.empty_like(q), p.empty_like(q_denominator)
+    dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, k_denominator, p.key_weight))
+    focusing = ratios.numel() > 0
+    dwq = p.empty_like(p.query_weight) if focusing else None
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
-    def empty_parameter_gradient(splits: int) -> Tensor:
-        return q.new_empty((splits, p.sequences, *parameter.shape) if parameter is not None else 0, dtype=torch.float32)
+    whole = keys and _fits(backward_kernel, p)
+    roles = 2 if p.signs == 2 and keys and not whole else 1  # see query_gradient_kernel
+    query_splits = 1 if whole else _split(query_gradient_kernel, p, q.shape[2], roles)
+    key_splits = _split(key_gradient_kernel, p, k.shape[2]) if keys and not whole else 0
+    # the parameter's gradient: rows of queries, of keys, and of the norm ratios
+    sizes = [p.sequences if focusing else query_splits * p.sequences, 0 if focusing else key_splits * p.sequences]
+    sizes += [ratio_gradient_programs(q) if focusing else 0, ratio_gradient_programs(k) if focusing and keys else 0]
+    da = q.new_empty(0 if parameter is None else (sum(sizes), *parameter.shape), dtype=torch.float32)
+    da_queries, da_keys, da_query_ratios, da_key_ratios = da.split(sizes) if parameter is not None else [da] * 4
 
     if p.single:
         _launch(single_backward_kernel, p, arguments if keys else arguments | dict(dk_ptr=None, dv_ptr=None))
-        return dq, dk, dv, dqd, dkd, empty_parameter_gradient(1), dwq, dwk
-    if keys and _fits(backward_kernel, p):
-        da = empty_parameter_gradient(1)
-        _launch(backward_kernel, p, arguments | dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da))
-        da = da.sum((0, 1)) if parameter is not None else da
-        return dq, dk, dv, dqd, dkd, da, dwq, dwk
-    if p.sums_keys_again:
-        state = p.empty_state(1)[0]
-        _launch(state_kernel, p, arguments | dict(state_ptr=state))
-    splits = _split(query_gradient_kernel, p, q.shape[2])
-    d_state = p.empty_state(splits) if keys else None
-    mean = q.new_empty((p.sequences, q.shape[1], v.shape[3]), dtype=torch.float32)
-    da = empty_parameter_gradient(splits)
-    outputs = dict(state_ptr=state, d_state_ptr=d_state, mean_ptr=mean, da_ptr=da)
-    _launch(query_gradient_kernel, p, arguments | outputs, splits)
-    da = da.sum((0, 1)) if parameter is not None else da
-    if keys:
-        splits = _split(key_gradient_kernel, p, k.shape[2])
-        da_keys = empty_parameter_gradient(splits)
-        outputs = dict(d_state_ptr=_reduce(d_state), mean_ptr=mean, da_ptr=da_keys)
-        _launch(key_gradient_kernel, p, arguments | outputs, splits)
-        da = da + da_keys.sum((0, 1)) if parameter is not None else da
-    return dq, dk, dv, dqd, dkd, da, dwq, dwk
+        return dq, dk, dv, dqd, dkd, p.empty_like(parameter), dwk
+    if whole:
+        _launch(backward_kernel, p, arguments | dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries))
+    else:
+        if p.sums_keys_again:
+            state = p.empty_state(1)[0]
+            _launch(state_kernel, p, arguments | dict(state_ptr=state))
+        arguments |= dict(
+            state_ptr=state, d_state_ptr=p.empty_state(query_splits) if keys else None, da_ptr=da_queries,
+            mean_ptr=q.new_empty((p.sequences, q.shape[1], v.shape[3]), dtype=torch.float32), d_mean_ptr=None,
+            splits=key_splits,
+        )  # fmt: skip
+        if softmax:
+            arguments["d_mean_ptr"] = q.new_empty((key_splits, *q.shape[:2], q.shape[3]), dtype=torch.float32)
+        constants = dict(SUMS=keys, GRADIENT=not softmax)
+        _launch(query_gradient_kernel, p, arguments | constants, query_splits, roles)
+        if keys:
+            outputs = dict(d_state_ptr=_reduce(arguments["d_state_ptr"]), da_ptr=da_queries if focusing else da_keys)
+            _launch(key_gradient_kernel, p, arguments | outputs, key_splits)
+        if softmax:  # the keys' weights depend on all queries
+            _launch(query_gradient_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
+    if focusing:
+        add_ratio_gradients(dq, da_query_ratios, dwq, True, q, parameter, exponent)
+    if focusing and keys:
+        dr = dwk if key_weight is None else dwk * key_weight
+        add_ratio_gradients(dk, da_key_ratios, dr, False, k, parameter, exponent)
+        if key_weight is not None:
+            dwk = dwk * ratios[:, None, q.shape[2] :]
+    if key_weight is None:
+        dwk = q.new_empty(0)
+    return dq, dk, dv, dqd, dkd, da.sum(0) if parameter is not None else da, dwk
 
 
 linear_attention_backward = torch.library.custom_op("flash_bla::linear_attention_backward", _backward, mutates_args=())
 
 
 @linear_attention_backward.register_fake
-def _(do, state, keys, *arguments):
+def _(do, state, ratios, keys, *arguments):
     p = _Problem(*arguments)
     of_keys = [p.empty_like(x if keys else None) for x in (p.k, p.v, p.k_denominator, p.key_weight)]
     dk, dv, dk_denominator, dk_weight = of_keys
     return (p.empty_like(p.q), dk, dv, p.empty_like(p.q_denominator), dk_denominator, p.empty_like(p.parameter),
-            p.empty_like(p.query_weight), dk_weight)  # fmt: skip
+            dk_weight)  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.options = inputs[:11], inputs[11:]
+    tensors, ctx.options = inputs[:9], inputs[9:]
     ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _differentiate(ctx, do, *_, backward=linear_attention_backward):
-    *tensors, state = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:8]
-    keys = any(needed[i] for i in (1, 2, 4, 5, 7))
-    gradients = backward(do, state, keys, *tensors, *ctx.options)
+    *tensors, state, ratios = ctx.saved_tensors
+    needed, softmax = ctx.needs_input_grad[:7], ctx.options[-1]
+    keys = softmax or any(needed[i] for i in (1, 2, 4, 5, 6))
+    gradients = backward(do, state, ratios, keys, *tensors, *ctx.options)
     gradients = (g if need else None for g, need in zip(gradients, needed, strict=True))
-    return *gradients, *[None] * (3 + len(ctx.options))
+    return *gradients, *[None] * (2 + len(ctx.options))
 
 
 linear_attention_forward.register_autograd(_differentiate, setup_context=_setup_context)
@@ -386,13 +475,13 @@ class _Eager(torch.autograd.Function):
 def _forward_flops(q_shape, k_shape, v_shape, *options, **_) -> int:
     """Operations of the matrix products in the reference, for ``torch.utils.flop_counter``."""
     (B, H, N, D), M, D_v = q_shape, k_shape[2], v_shape[3]
-    feature_map, _, normalize = options[9:12]
+    feature_map, _, normalize = options[7:10]
     streams = 2 if feature_map == "signed_power" else 1
     return 2 * B * H * streams * D * ((M + N) * D_v + (N * streams if normalize else 0))
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_backward)
-def _backward_flops(do_shape, state_shape, keys, *arguments, **_) -> int:
+def _backward_flops(do_shape, state_shape, ratios_shape, keys, *arguments, **_) -> int:
     return 2 * _forward_flops(*arguments)
 
 
@@ -404,25 +493,26 @@ def linear_attention(
     *,
     q_denominator: Tensor | None = None,
     k_denominator: Tensor | None = None,
-    query_weight: Tensor | None = None,
-    key_weight: Tensor | None = None,
-    rope: tuple[Tensor, Tensor] | None = None,
+    key_weight: Tensor | str | None = None,
+    rope: Tensor | None = None,
     normalize: bool = True,
     scale: float | None = None,
     eps: float = 1e-6,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """The operator on checked arguments; as ``linear_attention_reference``, and ``query_weight`` multiplies φ(q)."""
-    cos, sin = (None, None) if rope is None else (table.float() for table in rope)
+    """The operator on checked arguments; as ``linear_attention_reference``."""
+    if rope is not None:  # bfloat16 needs no more than float16, and reads less
+        rope = rope.to(torch.float16 if q.dtype == torch.bfloat16 else torch.float32).contiguous()
     parameter = None if feature_map.parameter is None else feature_map.parameter.float().contiguous()
-    query_weight, key_weight = (None if w is None else w.float() for w in (query_weight, key_weight))
+    softmax = isinstance(key_weight, str)
+    key_weight = key_weight.float() if isinstance(key_weight, Tensor) else None
     eager = is_eager(q)
 
     def attend(v: Tensor) -> Tensor:
         inputs = (
-            q, k, v, q_denominator, k_denominator, parameter, query_weight, key_weight, cos, sin, cu_seqlens,
-            max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, eps,
+            q, k, v, q_denominator, k_denominator, parameter, key_weight, rope, cu_seqlens, max_seqlen or 0,
+            feature_map.name, feature_map.exponent, normalize, scale, eps, softmax,
         )  # fmt: skip
         if not eager:
             return linear_attention_forward(*inputs)[0]

@@ -34,7 +34,7 @@ INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 # Lengths and counts are never specialised: a new sequence length compiles nothing.
 NOT_SPECIALIZED = [
-    "length", "query_length", "key_length", "heads", "splits", "blocks", "padded", "kept", "programs",
+    "length", "query_length", "key_length", "heads", "splits", "query_splits", "blocks", "padded", "kept", "programs",
 ]  # fmt: skip
 
 
@@ -43,11 +43,30 @@ def log2(x):
     return tl.log2(x)
 
 
+@jit
+def rounded_positive_part(x, TYPE: tl.constexpr):
+    """max(x, 0) in another type."""
+    return tl.maximum(x, 0.0).to(TYPE)
+
+
+@jit
+def _rounded_positive_part_nvidia(x, TYPE: tl.constexpr):
+    if TYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return tl.maximum(x, 0.0).to(TYPE)
+
+
+# NVIDIA's own instructions: Triton's logarithm takes 31 to be right for denormal numbers, too, and two numbers take one
+# to lose their negative part and be rounded
 if HAS_TRITON and not INTERPRETING and torch.version.hip is None:
-    # NVIDIA's own instruction; Triton's logarithm takes 31 to be right for denormal numbers, too
     fast_log2 = tl.extra.cuda.libdevice.fast_log2f
+    fast_rounded_positive_part = _rounded_positive_part_nvidia
 else:
     fast_log2 = log2
+    fast_rounded_positive_part = rounded_positive_part
 
 
 @jit
@@ -184,3 +203,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << (n - 1).bit_length()

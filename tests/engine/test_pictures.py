@@ -85,10 +85,10 @@ def dense(name, attention, x, grid):
         q, k = F.elu(q) + 1, F.elu(k) + 1
         if name == "rala":
             k = k * k.shape[2] * softmax(q.mean(dim=2, keepdim=True), k).mT
-        return (rotate(q, *rope) @ rotate(k, *rope).mT / ((q @ k.mT).sum(dim=-1, keepdim=True) + 1e-6 * k.shape[2]))[0]
+        return (rotate(q, rope) @ rotate(k, rope).mT / ((q @ k.mT).sum(dim=-1, keepdim=True) + 1e-6 * k.shape[2]))[0]
     if name == "rala_softmax":
         rope = axial_rope(x, grid, DIM // HEADS, endpoint=True)
-        q, k = (rotate(y, *rope).float().double() for y in (q, k))
+        q, k = (rotate(y, rope).float().double() for y in (q, k))
         return softmax(q, k)[0]
     if name == "softmax":
         return softmax(q, k)[0]

@@ -18,7 +18,6 @@ from flash_bla.layers import (
     resample_encoding,
 )
 from flash_bla.layers.attention import _ATTENTIONS
-from flash_bla.layers.rank_augmented import key_weights
 
 
 def test_registered_attention_is_created_by_name(monkeypatch):
@@ -75,15 +74,19 @@ def test_resampling_is_that_of_timm(old, new, prefix):
     assert resample_encoding(encoding.bfloat16(), new, old, prefix).dtype == torch.bfloat16
 
 
-def test_rotary_tables_are_float32_and_kept():
+def test_rotary_tables_are_kept():
     x = torch.zeros(1, 2 + 12, 16)
-    cos, sin = axial_rope(x, (3, 4), 16, num_heads=2)
-    assert cos.shape == sin.shape == (2, 14, 4) and cos.dtype == sin.dtype == torch.float32
-    assert (cos[:, :2] == 1).all() and (sin[:, :2] == 0).all()
-    assert axial_rope(x.double(), (3, 4), 16, num_heads=2)[0] is cos
-    assert axial_rope(x, (4, 3), 16, num_heads=2)[0] is not cos
-    assert axial_rope(x.to("meta"), (3, 4), 16, num_heads=2)[0].device.type == "meta"
-    torch.testing.assert_close(cos.square() + sin.square(), torch.ones_like(cos))
+    table = axial_rope(x, (3, 4), 16, num_heads=2)
+    assert table.shape == (2, 14, 4, 2) and table.dtype == torch.float32
+    assert (table[:, :2] == torch.tensor([1.0, 0.0])).all()
+    assert axial_rope(x.double(), (3, 4), 16, num_heads=2) is table
+    assert axial_rope(x, (4, 3), 16, num_heads=2) is not table
+    assert axial_rope(x.to("meta"), (3, 4), 16, num_heads=2).device.type == "meta"
+    torch.testing.assert_close(table.square().sum(-1), torch.ones(2, 14, 4))
+    half = axial_rope(x.bfloat16(), (3, 4), 16, num_heads=2)
+    torch.testing.assert_close(half, table.half())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert axial_rope(x, (3, 4), 16, num_heads=2) is half
 
 
 def test_rotary_tables_serve_training_after_inference_and_tracing():
@@ -91,9 +94,9 @@ def test_rotary_tables_serve_training_after_inference_and_tracing():
     with torch.inference_mode():
         axial_rope(x, grid, 16)
     with FakeTensorMode():
-        assert axial_rope(torch.zeros(1, 35, 16), grid, 16)[0].shape == (1, 35, 8)
-    cos, _ = axial_rope(x, grid, 16)
-    assert type(cos) is torch.Tensor and not cos.is_inference()
+        assert axial_rope(torch.zeros(1, 35, 16), grid, 16).shape == (1, 35, 8, 2)
+    table = axial_rope(x, grid, 16)
+    assert type(table) is torch.Tensor and not table.is_inference()
 
 
 def test_depthwise_conv_shares_filters_between_heads_and_skips_prefix_tokens():
@@ -104,14 +107,3 @@ def test_depthwise_conv_shares_filters_between_heads_and_skips_prefix_tokens():
     by_head = torch.cat([nn.Conv2d.forward(conv, head) for head in image.split(4, dim=1)], dim=1)
     torch.testing.assert_close(out[:, 1:], by_head.flatten(2).transpose(1, 2))
     assert out[:, 0].abs().max() == 0
-
-
-def test_key_weights_are_float32_under_autocast_and_finite_in_float16():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 2, 500, 16)
-    expected = key_weights(q.double(), k.double())
-    torch.testing.assert_close(expected.mean(dim=-1), torch.ones(1, 2, dtype=torch.float64))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        weights = key_weights(q, k)
-    torch.testing.assert_close(weights, expected.float())
-    assert key_weights(q.half() * 30, k.half() * 30).isfinite().all()

@@ -36,6 +36,7 @@ class Variant:
 
     feature_map: str | None = "elu1"
     key_weight: bool = False
+    softmax: bool = False
     rope: bool = False
     options: dict = field(default_factory=dict)
 
@@ -52,6 +53,8 @@ VARIANTS = {
     "elu1_weighted": Variant(key_weight=True),
     "elu1_rope": Variant(rope=True),
     "elu1_rope_weighted": Variant(rope=True, key_weight=True),
+    "elu1_softmax": Variant(softmax=True),
+    "elu1_rope_softmax": Variant(softmax=True, rope=True),
     "focusing_power": Variant("focusing_power"),
     "focusing_power_weighted": Variant("focusing_power", key_weight=True),
     "signed_power": Variant("signed_power"),
@@ -83,7 +86,7 @@ def make_inputs(shape, variant: Variant, dtype: torch.dtype, seed: int = 0):
     if variant.key_weight:
         leaves["key_weight"] = 0.1 + torch.rand(B, 1, M, generator=generator)
     angle = randn(H, N, D // 2)
-    rope = (angle.cos(), angle.sin()) if variant.rope else None
+    rope = torch.stack([angle.cos(), angle.sin()], dim=-1) if variant.rope else None
     do = randn(B, N, H, D_v).transpose(1, 2).to(dtype)
     return leaves, rope, do
 
@@ -93,11 +96,12 @@ def forward_backward(function, variant: Variant, inputs, dtype: torch.dtype | No
     leaves, rope, do = inputs
     place = dict(device=DEVICE) if dtype is None else dict(device=DEVICE, dtype=dtype)
     leaves = {name: x.detach().to(**place).requires_grad_() for name, x in leaves.items()}
-    rope = None if rope is None else tuple(table.to(**place) for table in rope)
+    rope = None if rope is None else rope.to(**place)
     feature_map = {"focusing_power": focusing_power, "signed_power": signed_power}.get(variant.feature_map)
     feature_map = variant.feature_map if feature_map is None else feature_map(leaves["parameter"])
+    key_weight = "softmax" if variant.softmax else leaves.get("key_weight")
     o = function(
-        leaves["q"], leaves["k"], leaves["v"], feature_map=feature_map, key_weight=leaves.get("key_weight"), rope=rope,
+        leaves["q"], leaves["k"], leaves["v"], feature_map=feature_map, key_weight=key_weight, rope=rope,
         **variant.options, **options,
     )  # fmt: skip
     gradients = torch.autograd.grad(o, list(leaves.values()), do.to(o))

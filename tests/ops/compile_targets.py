@@ -15,8 +15,10 @@ from triton.compiler import ASTSource
 
 from flash_bla.ops import feature_maps
 from flash_bla.ops import triton_depthwise_conv as conv
+from flash_bla.ops import triton_kernels as kernels
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
+from flash_bla.ops import triton_norm_ratios as ratios
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_support as support
 from flash_bla.ops.triton_column_sums import column_sums
@@ -39,13 +41,14 @@ VARIANTS = {
     "unnormalized": dict(feature_map="identity", normalize=False, scale=0.5),
     "relu, packed": dict(feature_map="relu", cu_seqlens=torch.empty(3, dtype=torch.int32, device="meta")),
     "rope, weight": dict(feature_map="elu1", rope=True, weight=True),
-    "focusing": dict(feature_map="focusing_power", exponent=3, parameter=True, weight=True),
+    "softmax": dict(feature_map="elu1", rope=True, softmax=True),
+    "focusing": dict(feature_map="focusing_power", exponent=3, parameter=True),
     "signed": dict(feature_map="signed_power", parameter=True),
     "decoupled": dict(feature_map="identity", decoupled=True),
 }
 
 # Compiled for sm_90 alone: they hold no more than the others, and every target takes minutes.
-OF_ONE_TARGET = ("unnormalized", "relu", "rope", "focusing", "decoupled")
+OF_ONE_TARGET = ("unnormalized", "relu", "rope", "softmax", "focusing", "decoupled")
 
 
 def problem(variant, dtype, D, N):
@@ -53,28 +56,32 @@ def problem(variant, dtype, D, N):
     variant = dict(variant)
     x = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     decoupled = x(B, H, N, D, dtype=dtype) if variant.pop("decoupled", False) else None
-    table = x(H, N, D // 2) if variant.pop("rope", False) else None
+    table = (
+        x(H, N, D // 2, 2, dtype=torch.float16 if dtype == torch.bfloat16 else torch.float32)
+        if variant.pop("rope", False)
+        else None
+    )
     weight = x(B, H, N) if variant.pop("weight", False) else None
     parameter = x(H, D) if variant.pop("parameter", False) else None
-    options = dict(exponent=1, cu_seqlens=None, max_seqlen=N, normalize=True, scale=None, eps=1e-6) | variant
+    options = dict(cu_seqlens=None, max_seqlen=N, feature_map=None, exponent=1, normalize=True, scale=None, eps=1e-6,
+                   softmax=False) | variant  # fmt: skip
     q, k, v = x(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    return module._Problem(
-        q=q, k=k, v=v, q_denominator=decoupled, k_denominator=decoupled, parameter=parameter, query_weight=weight,
-        key_weight=weight, cos=table, sin=table, **options,
-    )  # fmt: skip
+    return module._Problem(q, k, v, decoupled, decoupled, parameter, weight, table, **options)
 
 
-def launches(module, run):
-    """The arguments with which a function calls the kernels of a module."""
+def launches(modules, run):
+    """The arguments with which a function calls the kernels of modules."""
     calls = []
-    call = module.call
-    module.call = lambda kernel, grid, arguments, num_warps=4, **options: calls.append(
-        (kernel, arguments, dict(num_warps=num_warps) | options)
-    )
+    call = support.call
+    for where in modules:
+        where.call = lambda kernel, grid, arguments, num_warps=4, **options: calls.append(
+            (kernel, arguments, dict(num_warps=num_warps) | options)
+        )
     try:
         run()
     finally:
-        module.call = call
+        for where in modules:
+            where.call = call
     return calls
 
 
@@ -82,8 +89,8 @@ def linear(variant, dtype, D, N):
     """Forward and backward pass of linear attention."""
     p = problem(variant, dtype, D, N)
     p = p._replace(v=p.v[..., : module.widest_values(p.q, p.signs)])
-    o, *saved = module._forward(*p)
-    module._backward(o, *saved, True, *p)
+    o, *saved = module._forward(*p[:-1])
+    module._backward(o, *saved, True, *p[:-1])
 
 
 def piecewise_sparse(dtype, D, block_size):
@@ -154,15 +161,20 @@ def main(targets):
     runs = []
     for label, dtype, D, N in cases:
         what = f"{label}, D={D}, N={N}, {dtype}"
-        runs.append((what, dtype, module, partial(linear, VARIANTS[label], dtype, D, N)))
+        runs.append((what, dtype, (module, ratios), partial(linear, VARIANTS[label], dtype, D, N)))
     for dtype, D, block in ((torch.bfloat16, 128, 64), (torch.float16, 64, 128), (torch.float32, 128, 64)):
-        runs.append((f"blocks of {block}, D={D}, {dtype}", dtype, sparse, partial(piecewise_sparse, dtype, D, block)))
+        what = f"blocks of {block}, D={D}, {dtype}"
+        runs.append((what, dtype, (sparse,), partial(piecewise_sparse, dtype, D, block)))
     for run in (depthwise_conv, around_attention):
-        runs.append((f"C=64, {torch.bfloat16}", torch.bfloat16, support, partial(run, torch.bfloat16, 64)))
+        runs.append((f"C=64, {torch.bfloat16}", torch.bfloat16, (support,), partial(run, torch.bfloat16, 64)))
     for name in targets:
         target, limit = TARGETS[name]
         # as an import on such a machine does
-        feature_maps.fast_log2 = support.log2 if target.backend == "hip" else support.fast_log2
+        hip = target.backend == "hip"
+        feature_maps.fast_log2 = support.log2 if hip else support.fast_log2
+        kernels.fast_rounded_positive_part = (
+            support.rounded_positive_part if hip else support.fast_rounded_positive_part
+        )
         most, count = (0, ""), 0
         for label, dtype, where, run in runs:
             if name != "sm_90" and label.split(",")[0] in OF_ONE_TARGET:

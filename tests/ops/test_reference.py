@@ -12,6 +12,10 @@ from tests.ops.cases import SHAPES, VARIANTS, assert_close, forward_backward, ma
 def explicit_attention(q, k, v, feature_map, key_weight, rope, normalize=True, scale=None, eps=1e-6):
     """o = Σ_m A_nm v_m with A_nm = w_m (R φ(q_n) · R φ(k_m)) s / (mean_m w_m φ(q_n) · φ(k_m) + ε), A written out."""
     M = k.shape[2]
+    if isinstance(key_weight, str):  # RALA's, of which φ is elu + 1
+        mean = (F.elu(q) + 1).mean(2)
+        exponentials = torch.einsum("bhd,bhmd->bhm", mean, F.elu(k) + 1).div(q.shape[3] ** 0.5).exp()
+        key_weight = exponentials / exponentials.mean(-1, keepdim=True)
     w = 1 if key_weight is None else key_weight[:, :, None, :]
     scale = 1 / M if scale is None else scale
 
@@ -46,9 +50,8 @@ def explicit_attention(q, k, v, feature_map, key_weight, rope, normalize=True, s
 
 def turn(x, rope):
     """Rotation as a product of complex numbers."""
-    cos, sin = rope
     return torch.view_as_real(
-        torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(cos, sin)
+        torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.view_as_complex(rope)
     ).flatten(-2)
 
 
@@ -68,7 +71,7 @@ def test_gradcheck(variant):
     leaves, rope, _ = make_inputs((1, 2, 5, 5, 4, 4), variant, torch.float64, seed=1)
     # finite differences must not step over the kink at 0
     leaves = {name: (x + 0.05 * x.sign()).double().requires_grad_() for name, x in leaves.items()}
-    rope = None if rope is None else tuple(table.double() for table in rope)
+    rope = None if rope is None else rope.double()
     maps = {"focusing_power": focusing_power, "signed_power": signed_power}
 
     def function(q, k, v, *rest):
@@ -76,8 +79,8 @@ def test_gradcheck(variant):
         make = maps.get(variant.feature_map)
         feature_map = variant.feature_map if make is None else make(rest["parameter"])
         return linear_attention(
-            q, k, v, feature_map=feature_map, key_weight=rest.get("key_weight"), rope=rope, backend="reference",
-            **variant.options,
+            q, k, v, feature_map=feature_map, key_weight="softmax" if variant.softmax else rest.get("key_weight"),
+            rope=rope, backend="reference", **variant.options,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(function, list(leaves.values()))
@@ -105,5 +108,5 @@ def test_derivative_at_zero_is_finite():
 
 def test_rotation_keeps_the_norm():
     x, angle = torch.randn(2, 3, 7, 8), torch.randn(3, 7, 4)
-    turned = rotate(x, angle.cos(), angle.sin())
+    turned = rotate(x, torch.stack([angle.cos(), angle.sin()], dim=-1))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))

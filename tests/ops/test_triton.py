@@ -97,6 +97,20 @@ def test_float16_stays_finite_on_long_sequences_of_large_activations(name, backe
     assert all(g.isfinite().all() for g in torch.autograd.grad(o, [q, k, v], do.half().to(DEVICE)))
 
 
+@pytest.mark.parametrize("power", [1.0, 2.5])
+def test_signed_power_at_zero(power):
+    leaves, _, do = make_inputs((1, 2, 20, 20, 16, 16), VARIANTS["signed_power"], torch.float32)
+    for name in "qk":
+        leaves[name][:, :, ::3, ::2] = 0.0
+        leaves[name][:, :, 5] = 0.0
+    leaves["parameter"].fill_(power)
+    results = [
+        forward_backward(linear_attention, VARIANTS["signed_power"], (leaves, None, do), dtype, backend=backend)
+        for backend, dtype in (("triton", None), ("reference", torch.float64))
+    ]
+    assert_close(*results, 1e-5)
+
+
 @pytest.mark.parametrize("name, dtype", [("signed_power", torch.float32), ("elu1", torch.bfloat16)])
 @pytest.mark.parametrize("missing", ["q", "k", "v", "keys"])
 def test_frozen_inputs_do_not_change_the_other_gradients(missing, name, dtype):
@@ -145,18 +159,17 @@ def test_output_is_laid_out_for_the_projection():
     assert o.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("name", ["elu1_rope_weighted", "signed_power", "focusing_power"])
+@pytest.mark.parametrize("name", ["elu1_rope_weighted", "elu1_softmax", "signed_power", "focusing_power"])
 def test_opcheck(name):
     variant = VARIANTS[name]
     leaves, rope, _ = make_inputs((1, 2, 20, 20, 16, 16), variant, torch.float32)
     leaves = {key: x.to(DEVICE).requires_grad_() for key, x in leaves.items()}
-    cos, sin = (None, None) if rope is None else (table.to(DEVICE) for table in rope)
-    weight = torch.rand(1, 2, 20, device=DEVICE) if name == "focusing_power" else None
-    key_weight = leaves["key_weight"].expand(1, 2, 20) if "key_weight" in leaves else weight
+    rope = None if rope is None else rope.to(DEVICE)
+    key_weight = leaves["key_weight"].expand(1, 2, 20) if "key_weight" in leaves else None
     torch.library.opcheck(
         linear_attention_forward,
-        (leaves["q"], leaves["k"], leaves["v"], None, None, leaves.get("parameter"), weight, key_weight, cos, sin, None,
-         0, variant.feature_map, 3, True, None, 1e-6),
+        (leaves["q"], leaves["k"], leaves["v"], None, None, leaves.get("parameter"), key_weight, rope, None, 0,
+         variant.feature_map, 3, True, None, 1e-6, variant.softmax),
     )  # fmt: skip
 
 

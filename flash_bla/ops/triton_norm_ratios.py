@@ -1,0 +1,269 @@
+"""The norm ratios of ``focusing_power`` in Triton, r = ‖u‖ / ‖uᵖ‖ of each token over all its heads.
+
+A program has all channels of its tokens, in PARTS tiles side by side, and reads them once. With s = u² / n, n = ‖u‖²,
+in which nothing overflows, r = n^((1 - p) / 2) / (Σ sᵖ)^½ and
+
+    dr/du = r / n · u · (1 - p s^(p - 1) / Σ sᵖ)
+
+Where there is a denominator, the queries' ratio cancels but for ε, and its gradient is zero in half precision, mostly.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, call, cdiv, jit, multiprocessors, power_of_two, tl
+
+# Strides come as tuples in the order (batch, head, row, column).
+
+
+@jit
+def _zeros(rows: tl.constexpr, columns: tl.constexpr):
+    return tl.zeros((rows, columns), tl.float32)
+
+
+@jit
+def _power(x, P: tl.constexpr):
+    power = 1.0
+    for _ in tl.static_range(P):
+        power = power * x
+    return power
+
+
+@jit
+def _offsets(strides, W: tl.constexpr):
+    """Offsets of each part's tile from its first row."""
+    PARTS: tl.constexpr = W.PARTS
+    rows = (tl.arange(0, W.BLOCK_N).to(tl.int64) * strides[2])[:, None]
+    offsets = ()
+    for part in tl.static_range(PARTS):
+        c = part * W.BLOCK_C + tl.arange(0, W.BLOCK_C)
+        columns = (c // W.D).to(tl.int64) * strides[1] + (c % W.D).to(tl.int64) * strides[3]
+        offsets = offsets + (rows + columns[None, :],)
+    return offsets
+
+
+@jit
+def _load_scale(scale_ptr, W: tl.constexpr):
+    """1 / scale of each part's columns, and the least u; both are zero where there is no channel, and so is u."""
+    PARTS: tl.constexpr = W.PARTS
+    inverses, least = (), ()
+    for part in tl.static_range(PARTS):
+        c = part * W.BLOCK_C + tl.arange(0, W.BLOCK_C)
+        inverse = 1.0 / tl.load(scale_ptr + c, mask=c < W.C, other=float("inf"))
+        inverses = inverses + (inverse[None, :],)
+        least = least + ((inverse * 1e-6)[None, :],)
+    return inverses, least
+
+
+@jit
+def _mask(inside, part: tl.constexpr, W: tl.constexpr):
+    if (part + 1) * W.BLOCK_C <= W.C:
+        return inside[:, None]
+    else:
+        return inside[:, None] & (part * W.BLOCK_C + tl.arange(0, W.BLOCK_C) < W.C)[None, :]
+
+
+@jit
+def _load_u(x_ptr, offsets, inside, inverses, least, W: tl.constexpr):
+    """The parts of u, 1 / n, and Σ sᵖ."""
+    PARTS: tl.constexpr = W.PARTS
+    u = ()
+    squares = _zeros(W.BLOCK_N, W.BLOCK_C)
+    for part in tl.static_range(PARTS):
+        x = tl.load(x_ptr + offsets[part], mask=_mask(inside, part, W), other=0.0).to(tl.float32)
+        y = tl.maximum(x, 0.0) * inverses[part] + least[part]
+        squares += y * y
+        u = u + (y,)
+    inverse_n = 1.0 / tl.sum(squares, 1)
+    powers = _zeros(W.BLOCK_N, W.BLOCK_C)
+    for part in tl.static_range(PARTS):
+        powers += _power(u[part] * u[part] * inverse_n[:, None], W.P)
+    return u, inverse_n, tl.sum(powers, 1)
+
+
+@jit
+def _share(length, W: tl.constexpr):
+    """First row and end of this program's share of a sequence: whole blocks, spread evenly."""
+    chunk = tl.cdiv(tl.cdiv(length, tl.num_programs(0)), W.BLOCK_N) * W.BLOCK_N
+    begin = tl.program_id(0) * chunk
+    return begin, tl.minimum(begin + chunk, length)
+
+
+@jit
+def _start(pointer, strides, row):
+    return pointer + tl.program_id(1).to(tl.int64) * strides[0] + tl.cast(row, tl.int64) * strides[2]
+
+
+@jit
+def _write_ratios(x_ptr, offsets, inside, inverses, least, ratio_ptr, W: tl.constexpr):
+    _, inverse_n, powers = _load_u(x_ptr, offsets, inside, inverses, least, W)
+    ratio = _power(tl.sqrt(inverse_n), W.P - 1) * tl.rsqrt(powers)
+    tl.store(ratio_ptr + tl.arange(0, W.BLOCK_N), ratio, mask=inside)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def norm_ratio_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, scale_ptr, ratio_ptr, query_length, key_length, W: tl.constexpr
+):  # fmt: skip
+    """The ratios (B, N + M) of queries and keys: programs share the rows (axis 0) of a sequence (axis 1)."""
+    inverses, least = _load_scale(scale_ptr, W)
+    begin, end = _share(tl.maximum(query_length, key_length), W)
+    q_ptr, q_offsets = _start(q_ptr, q_strides, begin), _offsets(q_strides, W)
+    k_ptr, k_offsets = _start(k_ptr, k_strides, begin), _offsets(k_strides, W)
+    ratio_ptr += tl.program_id(1).to(tl.int64) * (query_length + key_length)
+    step = tl.full((), W.BLOCK_N, tl.int64)
+    for start in range(begin, end, W.BLOCK_N):
+        n = start + tl.arange(0, W.BLOCK_N)
+        _write_ratios(q_ptr, q_offsets, n < query_length, inverses, least, ratio_ptr + start, W)
+        _write_ratios(k_ptr, k_offsets, n < key_length, inverses, least, ratio_ptr + query_length + start, W)
+        q_ptr += step * q_strides[2]
+        k_ptr += step * k_strides[2]
+
+
+@jit
+def _sum_rows(x, W: tl.constexpr):
+    """Sums over rows as far as a thread holds several of them in the layout of a load: to (ROWS, columns)."""
+    return tl.sum(tl.reshape(x, W.BLOCK_N // W.ROWS, W.ROWS, W.BLOCK_C), 0)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def norm_ratio_gradient_kernel(
+    x_ptr, x_strides, dx_ptr, dx_strides, dr_ptr, scale_ptr, dscale_ptr, length,
+    LOG: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Adds to dx what comes by the ratios, and sums for the scale's gradient; dr (B, H, N) is summed over the heads.
+
+    Programs share the rows (axis 0) of a sequence (axis 1). With ``LOG``, the gradient of the ratios' logarithms, most
+    of them have none, and nothing to do.
+    """
+    PARTS: tl.constexpr = W.PARTS
+    inverses, least = _load_scale(scale_ptr, W)
+    begin, end = _share(length, W)
+    rows, h = tl.arange(0, W.BLOCK_N), tl.arange(0, BLOCK_H)
+    dr_ptr += tl.program_id(1).to(tl.int64) * HEADS * length + (h * length)[:, None]
+    if LOG:
+        largest = _zeros(BLOCK_H, 128)
+        for start in range(begin, end, 128):
+            n = start + tl.arange(0, 128)
+            mask = (h < HEADS)[:, None] & (n < end)[None, :]
+            largest = tl.maximum(largest, tl.abs(tl.load(dr_ptr + n[None, :], mask=mask, other=0.0)))
+        end = tl.where(tl.max(tl.max(largest, 1), 0) > 0.0, end, begin)
+    x_ptr, offsets = _start(x_ptr, x_strides, begin), _offsets(x_strides, W)
+    dx_ptr, dx_offsets = _start(dx_ptr, dx_strides, begin), _offsets(dx_strides, W)
+    dscale = ()
+    for _ in tl.static_range(PARTS):
+        dscale = dscale + (_zeros(W.ROWS, W.BLOCK_C),)
+    step = tl.full((), W.BLOCK_N, tl.int64)
+    for start in range(begin, end, W.BLOCK_N):
+        inside = start + rows < end
+        dr = tl.load(dr_ptr + (start + rows)[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=0.0)
+        dr = tl.sum(dr, 0)
+        u, inverse_n, powers = _load_u(x_ptr, offsets, inside, inverses, least, W)
+        if not LOG:
+            dr *= _power(tl.sqrt(inverse_n), W.P - 1) * tl.rsqrt(powers)
+        g = dr * inverse_n
+        weight = (g * (W.P / powers))[:, None]
+        g = g[:, None]
+        sums = ()
+        for part in tl.static_range(PARTS):
+            y = u[part]
+            du = (g - weight * _power(y * y * inverse_n[:, None], W.P - 1)) * y
+            mask = _mask(inside, part, W)
+            gradient = tl.load(dx_ptr + dx_offsets[part], mask=mask, other=0.0).to(tl.float32)
+            gradient += tl.where(y > least[part], du * inverses[part], 0.0)
+            tl.store(dx_ptr + dx_offsets[part], gradient.to(dx_ptr.dtype.element_ty), mask=mask)
+            sums = sums + (dscale[part] - _sum_rows(du * y, W),)
+        dscale = sums
+        x_ptr += step * x_strides[2]
+        dx_ptr += step * dx_strides[2]
+    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    for part in tl.static_range(PARTS):
+        c = part * W.BLOCK_C + tl.arange(0, W.BLOCK_C)
+        total = tl.sum(dscale[part] * inverses[part], 0)
+        tl.store(dscale_ptr + row * W.C + c, total, mask=c < W.C)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+class _Width(NamedTuple):
+    """How the channels of a token are spread over tiles."""
+
+    C: int
+    D: int  # C where heads follow one another without a gap
+    PARTS: int
+    BLOCK_C: int
+    BLOCK_N: int
+    ROWS: int  # of a tile that the threads of 4 warps load at a time, 16 bytes each
+    P: int
+
+
+def _width(x: Tensor, packed: bool, exponent: int, gradient: bool = False) -> _Width:
+    """Tiles of at most 128 channels, which are few threads' of a warp, and as many rows as registers hold."""
+    C = x.shape[1] * x.shape[3]
+    block_c = min(128, C & -C)
+    if block_c < 32 or C > 5 * block_c:
+        block_c = max(32, power_of_two(cdiv(C, 4)))
+    parts = cdiv(C, block_c)
+    elements = 2048 if gradient and parts > 2 else 4096
+    block_n = power_of_two(max(1, min(128, elements // (parts * block_c))) + 1) // 2
+    rows = min(block_n, max(1, 128 * 16 // x.element_size() // block_c))
+    return _Width(C, C if packed else x.shape[3], parts, block_c, block_n, rows, exponent)
+
+
+def _programs(x: Tensor, length: int, W: _Width, resident: int) -> tuple[int, int, int]:
+    """A grid that fills all multiprocessors once, as far as there are rows."""
+    return max(1, min(resident * multiprocessors(x.device) // x.shape[0], cdiv(length, W.BLOCK_N))), x.shape[0], 1
+
+
+def _is_packed(x: Tensor) -> bool:
+    return x.stride(1) == x.shape[3] and x.stride(3) == 1
+
+
+def norm_ratios(ratios: Tensor, q: Tensor, k: Tensor, scale: Tensor, exponent: int) -> None:
+    """Writes ‖u‖ / ‖uᵖ‖ with u = (max(x, 0) + 1e-6) / scale, over all heads and channels of a token.
+
+    Args:
+        ratios: Float32 ``(B, N + M)``: the queries' and the keys'.
+        q: ``(B, H, N, D)``, float16, bfloat16 or float32.
+        k: ``(B, H, M, D)`` of the same type.
+        scale: Positive, float32, contiguous ``(H, D)``.
+        exponent: p.
+    """
+    W = _width(q, _is_packed(q) and _is_packed(k), exponent)
+    arguments = dict(
+        q_ptr=q, q_strides=q.stride(), k_ptr=k, k_strides=k.stride(), scale_ptr=scale, ratio_ptr=ratios,
+        query_length=q.shape[2], key_length=k.shape[2], W=W,
+    )  # fmt: skip
+    call(norm_ratio_kernel, _programs(q, max(q.shape[2], k.shape[2]), W, 6), arguments)
+
+
+def ratio_gradient_programs(x: Tensor) -> int:
+    """The rows of what ``add_ratio_gradients`` writes for the scale."""
+    splits, sequences, _ = _programs(x, x.shape[2], _width(x, True, 1, gradient=True), 4)
+    return splits * sequences
+
+
+def add_ratio_gradients(
+    dx: Tensor, dscale: Tensor, dr: Tensor, log: bool, x: Tensor, scale: Tensor, exponent: int
+) -> None:
+    """Adds to the gradient of queries or keys what comes by their ratios.
+
+    Args:
+        dx: The gradient ``(B, H, N, D)``.
+        dscale: Float32 ``(ratio_gradient_programs(x), H, D)``, to be written: terms of the scale's gradient.
+        dr: Gradient of the ratios by head, contiguous ``(B, H, N)``.
+        log: Whether it is that of their logarithms.
+        x: Queries or keys ``(B, H, N, D)``.
+        scale: As in ``norm_ratios``.
+        exponent: p.
+    """
+    W = _width(x, _is_packed(x) and _is_packed(dx), exponent, gradient=True)
+    arguments = dict(
+        x_ptr=x, x_strides=x.stride(), dx_ptr=dx, dx_strides=dx.stride(), dr_ptr=dr, scale_ptr=scale,
+        dscale_ptr=dscale, length=x.shape[2], LOG=log, HEADS=x.shape[1], BLOCK_H=power_of_two(x.shape[1]), W=W,
+    )  # fmt: skip
+    call(norm_ratio_gradient_kernel, _programs(x, x.shape[2], W, 4), arguments, maxnreg=128)
