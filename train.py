@@ -195,8 +195,8 @@ def train(config: TrainConfig, processes: Processes) -> int:
         devices = [device] if device.type == "cuda" else None
         train_model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)  # see `statistics`
     if config.compile:
-        train_model = torch.compile(train_model)
-        average = torch.compile(average) if config.mesa else None
+        train_model = torch.compile(train_model, mode=config.compile_mode)
+        average = torch.compile(average, mode=config.compile_mode) if config.mesa else None
     to_device = ToDevice(data["mean"], data["std"], device, device_augmentation(config, data, device))
     order.start = (epoch, update)
     batches = iter(train_loader(config, train_set, data, order, device)) if epoch < epochs else None

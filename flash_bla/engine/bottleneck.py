@@ -62,7 +62,7 @@ def measure(config: TrainConfig, processes: Processes, seconds: float = SECONDS)
     data = resolve_data(config, model, description)
     model.to(device).train()
     optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.learning_rates(config.batch_size)["lr"])
-    run = torch.compile(model) if config.compile else model
+    run = torch.compile(model, mode=config.compile_mode) if config.compile else model
     to_device = ToDevice(data["mean"], data["std"], device, device_augmentation(config, data, device))
 
     def update(images, targets) -> int:

@@ -111,6 +111,10 @@ class TrainConfig(CommonConfig):
     )
     grad_checkpointing: bool = setting("model", False, "recompute activations in the backward pass", free=True)
     compile: bool = setting("model", False, "torch.compile the model", free=True)
+    cuda_graphs: bool = setting(
+        "model", False, "with --compile: replay the model's kernels as CUDA graphs, so that the host is not in the way",
+        free=True,
+    )  # fmt: skip
 
     train_split: str = setting("data", "train", "name of the split to train on")
     in_memory: bool = setting(
@@ -190,6 +194,11 @@ class TrainConfig(CommonConfig):
     save_epochs: int = setting("run", 1, "epochs between two checkpoints", free=True)
     save_minutes: float = setting("run", 10.0, "minutes between two checkpoints within an epoch; 0: none", free=True)
     save_updates: int = setting("run", 0, "updates between two checkpoints within an epoch; 0: none", free=True)
+
+    @property
+    def compile_mode(self) -> str | None:
+        """The mode of torch.compile."""
+        return "reduce-overhead" if self.cuda_graphs else None
 
     def learning_rates(self, total_batch: int) -> dict[str, float]:
         """The learning rates for a total batch: `lr`, `warmup_lr` and `min_lr`."""
@@ -361,6 +370,11 @@ def _check_train(config: TrainConfig) -> TrainConfig:
         raise RunError(f"ema_decay: between 0 and 1, or none, got {config.ema_decay}")
     if config.mesa and config.ema_decay is None:
         raise RunError(f"mesa: {config.mesa:g} learns from the averaged weights, but ema_decay is none")
+    if config.cuda_graphs and not config.compile:
+        raise RunError("cuda_graphs: only with compile")
+    if config.cuda_graphs and config.grad_accum > 1:
+        # PyTorch would be silently wrong: a graph's next replay writes over the gradients that the last one left
+        raise RunError(f"cuda_graphs: gradients cannot be summed over passes, got grad_accum {config.grad_accum}")
     if config.replace_attention and not config.weights:
         raise RunError("replace_attention: name the file to take over with --weights")
     if config.lora is not None and config.lora < 1:
