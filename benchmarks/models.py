@@ -1,14 +1,15 @@
 """How fast whole models run and train, and the memory they take, beside timm's models of the same size.
 
     python -m benchmarks.models [--models mlla_tiny deit_small_patch16_224] [--sizes 224:128 1024:8] [--modes training]
-    python -m benchmarks.models --profile mlla_tiny      # where the time of a training step goes
+    python -m benchmarks.models --profile mlla_tiny --modes training     # where the time of a step goes
     python -m benchmarks.models --plot-only              # tables and plots again, from the CSV file
 
 Random images (channels last) and weights, bfloat16 autocast. Inference is a forward pass, training a forward pass,
-cross entropy, backward pass and fused AdamW; "-compiled" is torch.compile with CUDA graphs (mode="reduce-overhead"), for
-each image size anew, in a process of its own: JOBS of them compile at a time, and then each is measured alone. Rows go to
-OUTPUT/models.csv, where they replace older ones of the same key, so that one table can be measured in several calls;
-what failed is a row that says why. The tables (models.md) and plots beside it are made from that file alone.
+cross entropy, backward pass and fused AdamW; "-compiled" is torch.compile with CUDA graphs (mode="reduce-overhead"),
+for each image size anew, in a process of its own. JOBS processes compile at a time (with more than one, those of the
+eager models, too, whose kernels Triton compiles), and then each is measured alone. Rows go to OUTPUT/models.csv, where
+they replace older ones of the same key, so that one table can be measured in several calls; what failed is a row that
+says why. The tables (models.md) and plots beside it are made from that file alone.
 """
 
 from __future__ import annotations
@@ -113,10 +114,10 @@ def measure(
 def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, object]]:
     where = timing.machine(device)
     cases = [(name, mode, size, batch) for size, batch in args.sizes for name in args.models for mode in args.modes]
-    eager = [case for case in cases if not case[1].endswith("-compiled")]
-    compiled = [case for case in cases if case not in eager]
-    results = [measure_eager(eager, device, args.seconds)]
-    results += [measure_compiled(compiled[i : i + args.jobs], args.seconds) for i in range(0, len(compiled), args.jobs)]
+    here = [case for case in cases if args.jobs == 1 and not case[1].endswith("-compiled")]
+    others = [case for case in cases if case not in here]
+    results = [measure_here(here, device, args.seconds)]
+    results += [measure_apart(others[i : i + args.jobs], args.seconds) for i in range(0, len(others), args.jobs)]
     for (name, mode, size, batch), figures in (result for part in results for result in part):
         text = "  ".join(f"{key} {x:.4g}" if isinstance(x, float) else f"{key} {x}" for key, x in figures.items())
         print(f"{name:30s}{mode:20s}{size:5d}:{batch:<4d} {text}", flush=True)
@@ -126,15 +127,15 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[dict
 Case = tuple[str, str, int, int]
 
 
-def measure_eager(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[tuple[Case, dict]]:
+def measure_here(cases: Sequence[Case], device: torch.device, seconds: float) -> Iterator[tuple[Case, dict]]:
     for case in cases:
         yield case, measure_or_describe(case, device, seconds)
         gc.collect()
         empty_cache(device)
 
 
-def measure_compiled(cases: Sequence[Case], seconds: float) -> Iterator[tuple[Case, dict]]:
-    """All compile at a time; then they are measured one by one."""
+def measure_apart(cases: Sequence[Case], seconds: float) -> Iterator[tuple[Case, dict]]:
+    """In a process each: all compile at a time; then they are measured one by one."""
     command = [sys.executable, "-m", "benchmarks.models", "--seconds", str(seconds), "--worker"]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
     workers = [subprocess.Popen([*command, json.dumps(case)], **options) for case in cases]
@@ -155,7 +156,7 @@ def _answer(worker: subprocess.Popen) -> dict:
 
 
 def work(case: Case, device: torch.device, seconds: float) -> None:
-    """A process of ``measure_compiled``."""
+    """A process of ``measure_apart``."""
 
     def wait() -> None:
         print(json.dumps({"ready": True}), flush=True)
@@ -185,9 +186,9 @@ def describe(error: Exception) -> str:
 # --- profile ----------------------------------------------------------------------------------------------------------
 
 
-def profile(name: str, size: int, batch: int, device: torch.device) -> str:
-    """Kernels of one eager training step by their time, and which part of it are copies."""
-    step = make_step(name, "training", size, batch, device)
+def profile(name: str, mode: str, size: int, batch: int, device: torch.device) -> str:
+    """Kernels of one step by their time, and which part of it are copies."""
+    step = make_step(name, mode, size, batch, device)
     for _ in range(WARM_UP):
         step()
     timing.synchronize(device)
@@ -200,7 +201,7 @@ def profile(name: str, size: int, batch: int, device: torch.device) -> str:
     if on_gpu:
         events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
     kernels = [(e.key, e.count, (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1000) for e in events]
-    title = f"{name}, {size} x {size}, batch {batch}: an eager training step on {timing.machine(device)['device']}"
+    title = f"{name}, {size} x {size}, batch {batch}: a step of {mode} on {timing.machine(device)['device']}"
     return kernel_table(title, kernels)
 
 
@@ -318,7 +319,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each measurement")
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--profile", metavar="MODEL", help="write the kernels of a training step at the first size")
+    parser.add_argument("--profile", metavar="MODEL", help="write the kernels of a step of each mode at the first size")
     parser.add_argument("--plot-only", action="store_true", help="measure nothing")
     return parser.parse_args(argv)
 
@@ -337,9 +338,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.profile:
         args.output.mkdir(parents=True, exist_ok=True)
-        text = profile(args.profile, *args.sizes[0], device)
-        (args.output / f"profile_{args.profile}.txt").write_text(text, encoding="utf-8")
-        print("\n".join(text.splitlines()[:25]))
+        for mode in args.modes:
+            text = profile(args.profile, mode, *args.sizes[0], device)
+            (args.output / f"profile_{args.profile}_{mode}.txt").write_text(text, encoding="utf-8")
+            print("\n".join(text.splitlines()[:25]))
         return
     if not args.plot_only:
         for row in measure_all(args, device):

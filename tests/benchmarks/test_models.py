@@ -37,7 +37,7 @@ def created(monkeypatch) -> list[torch.nn.Module]:
 @pytest.mark.parametrize("mode", models.MODES)
 def test_steps(mode, tiny, created, monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
     step = models.make_step(tiny, mode, 12, 3, CPU)
     (model,) = created
     shapes = []
@@ -76,7 +76,7 @@ def test_from_measurement_to_table_and_plots(tiny, tmp_path):
 
 def test_processes_measure_in_turn():
     cases = [("linear_vit_tiny", "inference", 32, 2), ("no_such_model", "inference", 32, 2)]
-    (first, figures), (second, failure) = models.measure_compiled(cases, 0.01)
+    (first, figures), (second, failure) = models.measure_apart(cases, 0.01)
     assert (first, second) == tuple(cases)
     assert figures["images_s"] > 0 and "no_such_model" in failure["error"]
 
@@ -99,9 +99,9 @@ def test_the_table():
 
 
 def test_the_kernels_of_a_step(tiny, tmp_path):
-    models.main(["--output", str(tmp_path), "--profile", tiny, "--sizes", "8:2"])
-    lines = (tmp_path / f"profile_{tiny}.txt").read_text().splitlines()
-    assert lines[0] == f"{tiny}, 8 x 8, batch 2: an eager training step on cpu"
+    models.main(["--output", str(tmp_path), "--profile", tiny, "--sizes", "8:2", "--modes", "training"])
+    lines = (tmp_path / f"profile_{tiny}_training.txt").read_text().splitlines()
+    assert lines[0] == f"{tiny}, 8 x 8, batch 2: a step of training on cpu"
     times = [float(line.split()[0]) for line in lines[5:]]
     assert times == sorted(times, reverse=True)
     assert any("aten::addmm" in line for line in lines)
