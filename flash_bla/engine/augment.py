@@ -59,7 +59,6 @@ def _mixed(bits: Tensor) -> Tensor:
 
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_STEP = 0x9E3779B9  # the inductor multiplies it by a range in Python's integers, which must fit into 64 bits
 
 
 def image_keys(seed: int, places: Tensor) -> Tensor:
@@ -71,7 +70,7 @@ def image_keys(seed: int, places: Tensor) -> Tensor:
 
 
 class Draws:
-    """Random numbers for images: number n of an image is a hash (SplitMix64) of its key and n."""
+    """Random numbers for images: number n of an image is a hash (SplitMix64) of its key + n."""
 
     def __init__(self, keys: Tensor):
         self.keys, self.drawn = keys, 0
@@ -79,7 +78,7 @@ class Draws:
     def _bits(self, count: int) -> Tensor:
         places = torch.arange(self.drawn + 1, self.drawn + count + 1, device=self.keys.device)
         self.drawn += count
-        return _mixed(self.keys[:, None] + places * _STEP)
+        return _mixed(self.keys[:, None] + places)  # a range times more than 32 bits is beyond the inductor on GPUs
 
     def uniform(self, count: int) -> Tensor:
         """(B, count) numbers in [0, 1)."""
