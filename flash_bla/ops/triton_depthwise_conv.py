@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from flash_bla.ops.triton_support import (
     as_outputs,
     cdiv,
     define_operator,
-    is_eager,
     multiprocessors,
     once_differentiable,
     run,
@@ -262,29 +261,26 @@ class _Eager(torch.autograd.Function):
     """The operators' work without their dispatcher, which takes longer than small maps' kernels."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, add, gate, options):
+    def forward(ctx, x, weight, bias, add, gate, options, check):
+        y = run(record_forward, (x, weight, bias, add, gate), options, check)
         ctx.options = options
         ctx.save_for_backward(x, weight, bias, None if gate is None else add, gate)
-        return run(record_forward, (x, weight, bias, add, gate), options)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, bias, add, gate = ctx.saved_tensors
         needed = ctx.needs_input_grad[:5]
-        dx, d_weight, d_bias, d_add, d_gate = run(
-            record_backward, (dy, x, weight, bias, add, gate), (needed, *ctx.options)
-        )
-        if gate is None and needed[3]:
+        tensors = ctx.saved_tensors
+        dx, d_weight, d_bias, d_add, d_gate = run(record_backward, (dy, *tensors), (needed, *ctx.options))
+        if needed[3] and tensors[4] is None:
             d_add = dy
-        return dx, d_weight, d_bias, d_add, d_gate, None
+        return dx, d_weight, d_bias, d_add, d_gate, None, None
 
 
-def depthwise_conv(x: Tensor, *arguments) -> Tensor:
-    """The operator on checked arguments, those of ``depthwise_conv_reference``."""
-    if is_eager(x):
-        return _Eager.apply(x, *arguments[:4], arguments[4:])
-    return depthwise_conv_forward(x, *arguments)
+def depthwise_conv_eager(arguments: tuple, check: Callable) -> Tensor:
+    """The operator on arguments that have been checked, or are by ``check`` where such ones were not met before."""
+    return _Eager.apply(*arguments[:5], arguments[5:], check)
 
 
 @register_flop_formula(torch.ops.flash_bla.depthwise_conv_forward)
