@@ -30,12 +30,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         ``(..., D)``, under autocast in its type.
     """
     mixed = (
-        weight.dtype == torch.float32
-        and type(weight) in _PLAIN  # and not a quantised one
-        and torch.is_grad_enabled()
-        and weight.requires_grad
-        and is_eager(x)
+        is_eager(x)  # first: a comparison of sizes would bind a traced graph to them
         and x.numel() * weight.shape[0] >= LARGE * weight.shape[1]
+        and weight.dtype == torch.float32
+        and type(weight) in _PLAIN  # and not a quantised one
+        and weight.requires_grad
+        and torch.is_grad_enabled()
         and torch.is_autocast_enabled(x.device.type)
     )
     if mixed and choose_backend(backend, x) == "triton":

@@ -237,9 +237,10 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, dy):
     needed = list(ctx.needs_input_grad[:5])
-    gradients = depthwise_conv_backward(dy, needed, *ctx.saved_tensors, *ctx.options)
+    tensors = ctx.saved_tensors
+    gradients = depthwise_conv_backward(dy, needed, *tensors, *ctx.options)
     dx, d_weight, d_bias, d_add, d_gate = (g if need else None for g, need in zip(gradients, needed, strict=True))
-    if ctx.saved_tensors[4] is None and needed[3]:
+    if needed[3] and tensors[4] is None:
         d_add = dy
     return dx, d_weight, d_bias, d_add, d_gate, *[None] * len(ctx.options)
 

@@ -484,8 +484,8 @@ def _of_keys(ctx) -> bool:
 
 
 def _differentiate(ctx, do, *_):
-    gradients = linear_attention_backward(do, *ctx.saved_tensors[9:], _of_keys(ctx), *ctx.saved_tensors[:9],
-                                          *ctx.options)  # fmt: skip
+    *tensors, state, ratios = ctx.saved_tensors
+    gradients = linear_attention_backward(do, state, ratios, _of_keys(ctx), *tensors, *ctx.options)
     gradients = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
     return *gradients, *[None] * (2 + len(ctx.options))
 
