@@ -164,7 +164,7 @@ class _Problem(NamedTuple):
         return _with_strides(tensors) | dict(
             a_ptr=self.parameter, rope_ptr=self.rope, rope_strides=_rope_strides(self.rope),
             cu_seqlens=self.cu_seqlens, query_sum_ptr=None, query_splits=0, query_length=self.q.shape[2],
-            key_length=self.k.shape[2], heads=self.q.shape[1], scale=float(self.scale or 0), eps=float(self.eps),
+            key_length=self.k.shape[2], heads=self.q.shape[1], scale=self.scale or 0.0, eps=self.eps,
             PHI=phi, PHI_DX=phi_dx, PHI_DA=phi_da, PAD=pad, **precision(self.q.dtype),
         )  # fmt: skip
 
@@ -554,7 +554,8 @@ def linear_attention(
     parameter = None if feature_map.parameter is None else feature_map.parameter.float()
     softmax = isinstance(key_weight, str)
     key_weight = key_weight.float() if isinstance(key_weight, Tensor) else None
-    options = max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, eps, softmax
+    scale = None if scale is None else float(scale)
+    options = max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, float(eps), softmax
     eager = is_eager(q)
 
     def attend(v: Tensor) -> Tensor:
