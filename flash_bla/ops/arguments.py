@@ -12,7 +12,8 @@ from flash_bla.ops.triton_support import HAS_TRITON, INTERPRETING
 from flash_bla.tracing import is_exporting
 
 BACKENDS = ("reference", "triton")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_CAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
+DTYPES = (*_CAST, torch.float64)
 
 
 def choose_backend(backend: str | None, q: Tensor) -> str:
@@ -35,22 +36,23 @@ def choose_backend(backend: str | None, q: Tensor) -> str:
     return backend
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's type, where it is on."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(first.device.type):
+    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(_kind(first)):
         return tensors  # meta tensors know no autocast
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(x.to(dtype) if x.dtype in DTYPES and x.dtype != torch.float64 else x for x in tensors)
+    dtype = torch.get_autocast_dtype(_kind(first))
+    return tuple([x.to(dtype) if x is not None and x.dtype != dtype and x.dtype in _CAST else x for x in tensors])
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Autocast's type where it is on, else that of x."""
-    return (
-        x.dtype
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type)
-        else torch.get_autocast_dtype(x.device.type)
-    )
+    return x.dtype if x.is_meta or not torch.is_autocast_enabled(_kind(x)) else torch.get_autocast_dtype(_kind(x))
+
+
+def _kind(x: Tensor) -> str:
+    """The type of its device."""
+    return "cuda" if x.is_cuda else x.device.type  # the first takes a tenth of the second's time
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

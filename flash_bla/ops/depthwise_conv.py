@@ -15,7 +15,8 @@ from flash_bla.ops.arguments import (
     expect,
     without_autocast,
 )
-from flash_bla.ops.triton_depthwise_conv import depthwise_conv as depthwise_conv_triton
+from flash_bla.ops.triton_depthwise_conv import depthwise_conv_eager, depthwise_conv_forward
+from flash_bla.ops.triton_support import is_eager
 
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 KERNEL_SIZES = (3, 5, 7)
@@ -66,28 +67,17 @@ def depthwise_conv(
         ValueError: A shape, device or name that does not fit.
         TypeError: Not tensors, or dtypes that differ or are not supported.
     """
-    names = [name for name, tensor in (("add", add), ("gate", gate)) if tensor is not None]
-    x, *others = autocast(x, *(tensor for tensor in (add, gate) if tensor is not None))
-    others = dict(zip(names, others, strict=True))
-    check_tensors({"x": x} | others, "(B, N, C)", ndim=3)
-    B, N, C = x.shape
-    H, W = _check_grid(grid, N)
-    if stride not in (1, 2):
-        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
-    if stride == 2 and N != H * W:
-        raise ValueError(f"stride 2 takes no prefix tokens: grid {(H, W)} has {H * W} places, x {N} tokens")
-    if stride == 2 and residual:
-        raise ValueError("residual needs stride 1: the output of stride 2 has fewer tokens than x")
-    for name, value in (("input_activation", input_activation), ("activation", activation)):
-        if value not in ACTIVATIONS:
-            raise ValueError(f"{name} must be one of {list(ACTIVATIONS)}, got {value!r}")
-    _check_filters(weight, bias, x)
-    out_shape = (B, N if stride == 1 else -(-H // 2) * -(-W // 2), C)
-    for name, tensor in others.items():
-        expect(name, tensor, out_shape, "that of the output")
-    function = depthwise_conv_triton if choose_backend(backend, x) == "triton" else depthwise_conv_reference
-    return function(x, weight, bias, others.get("add"), others.get("gate"), H, W, stride, residual, activation,
-                    input_activation)  # fmt: skip
+    if add is None and gate is None:
+        (x,) = autocast(x)
+    else:
+        x, add, gate = autocast(x, add, gate)
+    H, W = _check_grid(grid)
+    arguments = x, weight, bias, add, gate, H, W, stride, residual, activation, input_activation
+    if is_eager(x) and choose_backend(backend, x) == "triton":
+        return depthwise_conv_eager(arguments, _check)
+    _check(*arguments)
+    function = depthwise_conv_forward if choose_backend(backend, x) == "triton" else depthwise_conv_reference
+    return function(*arguments)
 
 
 def depthwise_conv_reference(
@@ -115,14 +105,36 @@ def depthwise_conv_reference(
         return y.to(out_dtype)
 
 
-def _check_grid(grid: tuple[int, int], N: int) -> tuple[int, int]:
+def _check_grid(grid: tuple[int, int]) -> tuple[int, int]:
     try:
         H, W = grid
     except (TypeError, ValueError) as error:
         raise ValueError(f"grid must be (H, W), got {grid!r}") from error
+    return H, W
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
+    H: int, W: int, stride: int, residual: bool, activation: str | None, input_activation: str | None,
+) -> None:  # fmt: skip
+    others = {name: tensor for name, tensor in (("add", add), ("gate", gate)) if tensor is not None}
+    check_tensors({"x": x} | others, "(B, N, C)", ndim=3)
+    B, N, C = x.shape
     if H < 1 or W < 1 or H * W > N:
         raise ValueError(f"grid must be positive and have a token for each place: got {(H, W)} and {N} tokens")
-    return H, W
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride!r}")
+    if stride == 2 and N != H * W:
+        raise ValueError(f"stride 2 takes no prefix tokens: grid {(H, W)} has {H * W} places, x {N} tokens")
+    if stride == 2 and residual:
+        raise ValueError("residual needs stride 1: the output of stride 2 has fewer tokens than x")
+    for name, value in (("input_activation", input_activation), ("activation", activation)):
+        if value not in ACTIVATIONS:
+            raise ValueError(f"{name} must be one of {list(ACTIVATIONS)}, got {value!r}")
+    _check_filters(weight, bias, x)
+    out_shape = (B, N if stride == 1 else -(-H // 2) * -(-W // 2), C)
+    for name, tensor in others.items():
+        expect(name, tensor, out_shape, "that of the output")
 
 
 def _check_filters(weight: Tensor, bias: Tensor | None, x: Tensor) -> None:

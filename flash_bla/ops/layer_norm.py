@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flash_bla.ops.arguments import check_device, choose_backend, expect, without_autocast
-from flash_bla.ops.triton_layer_norm import layer_norm_backward, layer_norm_forward
-from flash_bla.ops.triton_support import is_eager
+from flash_bla.ops.arguments import autocast_dtype, check_device, choose_backend, expect, without_autocast
+from flash_bla.ops.triton_layer_norm import record_backward, record_forward
+from flash_bla.ops.triton_support import is_eager, once_differentiable, run
 
 
 def add_layer_norm(
@@ -46,17 +45,12 @@ def add_layer_norm(
     Raises:
         ValueError: A shape or device that does not fit.
     """
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        expect(name, parameter, (x.shape[-1],), "(C,) with C of x")
-        check_device(name, parameter, x)
-    if add is not None:
-        expect("add", add, tuple(x.shape), "that of x")
-        check_device("add", add, x)
-    dtype = x.dtype
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    if choose_backend(backend, x) == "triton" and is_eager(x):
-        return _Eager.apply(x, add, weight, bias, eps, negative_slope, dtype)
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x)
+    arguments = x, add, weight, bias, eps, negative_slope, dtype
+    if is_eager(x) and choose_backend(backend, x) == "triton":
+        return _Eager.apply(*arguments)
+    _check(*arguments)
+    choose_backend(backend, x)
     with without_autocast(x):
         s = x if add is None else x + add.to(x.dtype)
         wide = torch.promote_types(s.dtype, torch.float32)
@@ -66,14 +60,24 @@ def add_layer_norm(
         return y.to(dtype), s
 
 
+def _check(x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, *_) -> None:
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        expect(name, parameter, (x.shape[-1],), "(C,) with C of x")
+        check_device(name, parameter, x)
+    if add is not None:
+        expect("add", add, tuple(x.shape), "that of x")
+        check_device("add", add, x)
+
+
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, add, weight, bias, eps, slope, dtype):
-        y, s = layer_norm_forward(x, add, weight, bias, eps, slope, dtype)
+        y, s = run(record_forward, (x, add, weight, bias), (eps, slope, dtype), _check)
+        s = x if add is None else s
         ctx.save_for_backward(s, weight, bias)
         ctx.eps, ctx.slope, ctx.add_dtype = eps, slope, None if add is None else add.dtype
         ctx.set_materialize_grads(False)
-        return y, (x.view_as(x) if add is None else s)
+        return y, s
 
     @staticmethod
     @once_differentiable
@@ -81,10 +85,8 @@ class _Eager(torch.autograd.Function):
         if dy is None:
             dx, d_weight, d_bias = ds, None, None
         else:
-            s, weight, bias = ctx.saved_tensors
             of_parameters = any(ctx.needs_input_grad[2:4])
-            dx, d_weight, d_bias = layer_norm_backward(dy, ds, s, weight, bias, ctx.eps, ctx.slope, of_parameters)
-            if d_weight is not None:
-                d_weight, d_bias = d_weight.to(weight.dtype), d_bias.to(bias.dtype)
+            options = ctx.eps, ctx.slope, of_parameters
+            dx, d_weight, d_bias = run(record_backward, (dy, ds, *ctx.saved_tensors), options)
         d_add = None if ctx.add_dtype is None or dx is None else dx.to(ctx.add_dtype)
         return dx, d_add, d_weight, d_bias, None, None, None

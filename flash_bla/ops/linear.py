@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flash_bla.ops.arguments import choose_backend
 from flash_bla.ops.triton_column_sums import column_sums
-from flash_bla.ops.triton_support import is_eager
+from flash_bla.ops.triton_support import is_eager, once_differentiable, run
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 LARGE = 2**23  # elements of the output from which on kernels should take longer than their launches: an estimate
@@ -31,12 +30,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         ``(..., D)``, under autocast in its type.
     """
     mixed = (
-        weight.dtype == torch.float32
-        and type(weight) in _PLAIN  # and not a quantised one
-        and torch.is_grad_enabled()
-        and weight.requires_grad
-        and is_eager(x)
+        is_eager(x)  # first: a comparison of sizes would bind a traced graph to them
         and x.numel() * weight.shape[0] >= LARGE * weight.shape[1]
+        and weight.dtype == torch.float32
+        and type(weight) in _PLAIN  # and not a quantised one
+        and weight.requires_grad
+        and torch.is_grad_enabled()
         and torch.is_autocast_enabled(x.device.type)
     )
     if mixed and choose_backend(backend, x) == "triton":
@@ -63,5 +62,5 @@ class _Mixed(torch.autograd.Function):
         if of_weight:
             columns, x = rows.t(), x.reshape(-1, x.shape[-1])
             d_weight = torch.mm(columns, x, out_dtype=torch.float32) if x.is_cuda else (columns @ x).float()
-        d_bias = column_sums(rows.contiguous()) if of_bias else None
+        d_bias = run(column_sums, (rows,)) if of_bias else None
         return dx, d_weight, d_bias, None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flash_bla.ops.arguments import autocast, check_device, choose_backend, expect
-from flash_bla.ops.triton_support import cdiv, is_eager, jit, launch, tl
+from flash_bla.ops.triton_support import Record, cdiv, is_eager, jit, once_differentiable, run, tl
 
 BLOCK = 2048
 
@@ -35,26 +34,31 @@ def silu_gate(x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate):
-        x, gate = x.contiguous(), gate.contiguous()
         ctx.save_for_backward(x, gate)
-        y = torch.empty_like(x)
-        _launch(gate_kernel, dict(x_ptr=x, gate_ptr=gate, y_ptr=y))
-        return y
+        return run(record_forward, (x, gate))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gate = ctx.saved_tensors
-        dx, d_gate = torch.empty_like(x), torch.empty_like(gate)
-        _launch(
-            gate_gradient_kernel, dict(dy_ptr=dy.contiguous(), x_ptr=x, gate_ptr=gate, dx_ptr=dx, d_gate_ptr=d_gate)
-        )
-        return dx, d_gate
+        return run(record_backward, (dy, *ctx.saved_tensors))
 
 
-def _launch(kernel, pointers: dict[str, Tensor]) -> None:
-    length = pointers["x_ptr"].numel()
-    launch(kernel, pointers, (), lambda: ((cdiv(length, BLOCK), 1, 1), None, dict(length=length, BLOCK=BLOCK)))
+def record_forward(record: Record, x: Tensor, gate: Tensor) -> Tensor:
+    y = record.new_empty(x.shape, x.dtype)
+    _launch(record, gate_kernel, dict(x_ptr=x, gate_ptr=gate), y_ptr=y)
+    return y
+
+
+def record_backward(record: Record, dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    dx, d_gate = (record.new_empty(x.shape, x.dtype) for _ in range(2))
+    _launch(record, gate_gradient_kernel, dict(dy_ptr=dy, x_ptr=x, gate_ptr=gate), dx_ptr=dx, d_gate_ptr=d_gate)
+    return dx, d_gate
+
+
+def _launch(record: Record, kernel, inputs: dict[str, Tensor], **outputs: Tensor) -> None:
+    length = inputs["x_ptr"].numel()
+    inputs = {name: record.contiguous(x) for name, x in inputs.items()}
+    record.launch(kernel, (cdiv(length, BLOCK), 1, 1), inputs | outputs | dict(length=length, BLOCK=BLOCK))
 
 
 @jit

@@ -1,7 +1,7 @@
 """Layer normalisation in Triton.
 
 A tile holds whole rows, so that each element is read once. The backward pass computes the statistics again rather than
-keeping them; a program sums its share of the parameters' gradients, and PyTorch adds up the shares, in a fixed order.
+keeping them; a program sums its share of the parameters' gradients, and the shares are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_bla.ops.triton_support import cdiv, jit, launch, multiprocessors, tl
+from flash_bla.ops.triton_column_sums import add_shares
+from flash_bla.ops.triton_support import Record, cdiv, jit, multiprocessors, tl
 
 TILE = 2048  # elements
 
@@ -88,49 +89,42 @@ def _blocks(width: int, tile: int) -> dict[str, int]:
     return dict(BLOCK_M=max(1, tile // block_c), BLOCK_C=block_c)
 
 
-def layer_norm_forward(
-    x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, eps: float, slope: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def record_forward(
+    record: Record, x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, eps: float, slope: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The normalised sum, in dtype and with the slope where it is negative, and the sum, in the type of x."""
-    x, add = x.contiguous(), None if add is None else add.contiguous()
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    s = x if add is None else torch.empty_like(x)
-
-    def describe() -> tuple:
-        width = x.shape[-1]
-        blocks, length = _blocks(width, TILE), x.numel() // width
-        return (
-            (cdiv(length, blocks["BLOCK_M"]), 1, 1),
-            None,
-            dict(length=length, eps=eps, SLOPE=slope, WIDTH=width, **blocks),
-        )
-
-    pointers = dict(x_ptr=x, add_ptr=add, sum_ptr=None if add is None else s, y_ptr=y, weight_ptr=weight, bias_ptr=bias)
-    launch(norm_forward_kernel, pointers, (eps, slope), describe)
+    width = x.shape[-1]
+    length, blocks = x.numel() // width, _blocks(width, TILE)
+    y = record.new_empty(x.shape, dtype)
+    s = None if add is None else record.new_empty(x.shape, x.dtype)
+    arguments = dict(
+        x_ptr=record.contiguous(x), add_ptr=record.contiguous(add), sum_ptr=s, y_ptr=y,
+        weight_ptr=record.contiguous(weight), bias_ptr=record.contiguous(bias), length=length, eps=float(eps),
+        SLOPE=slope, WIDTH=width, **blocks,
+    )  # fmt: skip
+    record.launch(norm_forward_kernel, (cdiv(length, blocks["BLOCK_M"]), 1, 1), arguments)
     return y, s
 
 
-def layer_norm_backward(
-    dy: Tensor,
-    ds: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    slope: float,
+def record_backward(
+    record: Record, dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor, eps: float, slope: float,
     of_parameters: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the sum, of weight and of bias, the last two in float32 or None."""
-    dy, ds = dy.contiguous(), None if ds is None else ds.contiguous()
-    dx = torch.empty_like(s)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of the sum, and of weight and bias or None."""
     width = s.shape[-1]
     length, blocks = s.numel() // width, _blocks(width, TILE // 2)
-    programs = max(1, min(cdiv(length, blocks["BLOCK_M"]), 4 * multiprocessors(s.device)))
-    partial = torch.empty((programs, 2, width), dtype=torch.float32, device=s.device) if of_parameters else None
-
-    def describe() -> tuple:
-        return (programs, 1, 1), None, dict(length=length, eps=eps, SLOPE=slope, WIDTH=width, **blocks)
-
-    pointers = dict(dy_ptr=dy, ds_ptr=ds, x_ptr=s, weight_ptr=weight, bias_ptr=bias, dx_ptr=dx, partial_ptr=partial)
-    launch(norm_backward_kernel, pointers, (eps, slope), describe)
-    return dx, *(partial.sum(0).unbind(0) if of_parameters else (None, None))
+    programs = max(1, min(cdiv(length, blocks["BLOCK_M"]), 4 * multiprocessors(record.device)))
+    dx = record.new_empty(s.shape, s.dtype)
+    partial = record.new_empty((programs, 2, width), torch.float32) if of_parameters else None
+    arguments = dict(
+        dy_ptr=record.contiguous(dy), ds_ptr=record.contiguous(ds), x_ptr=record.contiguous(s),
+        weight_ptr=record.contiguous(weight), bias_ptr=record.contiguous(bias), dx_ptr=dx, partial_ptr=partial,
+        length=length, eps=float(eps), SLOPE=slope, WIDTH=width, **blocks,
+    )  # fmt: skip
+    record.launch(norm_backward_kernel, (programs, 1, 1), arguments)
+    if not of_parameters:
+        return dx, None, None
+    d_weight, d_bias = (record.new_empty((width,), x.dtype) for x in (weight, bias))
+    add_shares(record, partial, width, d_weight, d_bias)
+    return dx, d_weight, d_bias

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
@@ -25,14 +25,26 @@ from flash_bla.ops.triton_kernels import (
 )
 from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios, ratio_gradient_programs
 from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
-from flash_bla.ops.triton_support import call, cdiv, is_eager, multiprocessors, power_of_two, precision
+from flash_bla.ops.triton_support import (
+    Record,
+    as_outputs,
+    cdiv,
+    define_operator,
+    is_eager,
+    multiprocessors,
+    once_differentiable,
+    power_of_two,
+    precision,
+    run,
+)
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
 class _Problem(NamedTuple):
-    """What the launches of both directions share."""
+    """What the launches of both directions share. Without a record it is for the shapes of outputs alone."""
 
+    record: Record | None
     q: Tensor
     k: Tensor
     v: Tensor
@@ -82,46 +94,50 @@ class _Problem(NamedTuple):
             and self.q.dtype == torch.bfloat16 and self.normalize and all(x is None for x in extras)
         )  # fmt: skip
 
+    def new_empty(self, *shape: int) -> Tensor:
+        return (self.record or self.q).new_empty(shape, dtype=torch.float32)
+
     def empty_state(self, splits: int) -> Tensor:
         """S, z as its next row, and of a softmax two more, for each split."""
         _, H, _, D = self.q.shape
-        shape = (splits, self.sequences, H, self.signs, self.v.shape[3] + (3 if self.softmax else 1), D)
-        return torch.empty(shape, dtype=torch.float32, device=self.q.device)
+        rows = self.v.shape[3] + (3 if self.softmax else 1)
+        return self.new_empty(splits, self.sequences, H, self.signs, rows, D)
 
-    def saved_state(self) -> Tensor:
+    def saved_state(self) -> Tensor | None:
         """What the forward pass leaves for the backward pass."""
-        return self.q.new_empty(0, dtype=torch.float32) if self.sums_keys_again else self.empty_state(1)[0]
+        return None if self.sums_keys_again else self.empty_state(1)[0]
 
-    def empty_ratios(self) -> Tensor:
-        """The norm ratios of queries and keys, beside each other; of no elements where the map has none."""
-        B, _, N, _ = self.q.shape
-        shape = (B, N + self.k.shape[2]) if self.feature_map == "focusing_power" else (0, 0)
-        return self.q.new_empty(shape, dtype=torch.float32)
+    def empty_ratios(self) -> Tensor | None:
+        """The norm ratios of queries and keys, beside each other."""
+        if self.feature_map != "focusing_power":
+            return None
+        return self.new_empty(self.q.shape[0], self.q.shape[2] + self.k.shape[2])
 
-    def with_ratios(self, ratios: Tensor) -> _Problem:
-        """The norm ratios join as weights of queries and keys."""
-        if ratios.numel() == 0:
+    def with_ratios(self, ratios: Tensor | None) -> _Problem:
+        """The norm ratios are weights of queries and keys; other weights of the keys have been multiplied by theirs."""
+        if ratios is None:
             return self
         _, H, N, _ = self.q.shape
         query_weight, key_weight = (x[:, None].expand(-1, H, -1) for x in (ratios[:, :N], ratios[:, N:]))
-        if self.key_weight is not None:
-            key_weight = key_weight * self.key_weight
-        return self._replace(query_weight=query_weight, key_weight=key_weight)
+        return self._replace(
+            query_weight=query_weight, key_weight=key_weight if self.key_weight is None else self.key_weight
+        )
 
     def empty_output(self) -> Tensor:
         B, H, N, _ = self.q.shape
         # laid out as (B, N, H, Dv), which the projection after an attention reads without a copy
-        return self._empty(self.v, (B, N, H, self.v.shape[3])).transpose(1, 2)
+        return self._empty((B, N, H, self.v.shape[3]), self.v.dtype).transpose(1, 2)
 
-    def empty_like(self, x: Tensor | None) -> Tensor:
-        """A gradient of x, also laid out as (B, N, H, D); of no elements for None."""
-        if x is None:
-            return self.q.new_empty(0)
-        return self._empty(x, x.transpose(1, 2).shape).transpose(1, 2) if x.ndim == 4 else self._empty(x, x.shape)
+    def empty_like(self, x: Tensor | None) -> Tensor | None:
+        """A gradient of x, also laid out as (B, N, H, D)."""
+        if x is None or x.ndim < 4:
+            return None if x is None else self._empty(x.shape, x.dtype)
+        return self._empty(x.transpose(1, 2).shape, x.dtype).transpose(1, 2)
 
-    def _empty(self, x: Tensor, shape) -> Tensor:
+    def _empty(self, shape, dtype: torch.dtype) -> Tensor:
+        memory = self.record or self.q
         # packed tokens that belong to no sequence must not come out as garbage
-        return x.new_empty(shape) if self.cu_seqlens is None else x.new_zeros(shape)
+        return (memory.new_empty if self.cu_seqlens is None else memory.new_zeros)(shape, dtype=dtype)
 
     def plan(self, kernel) -> tuple[Config, _Tuning]:
         _, H, _, D = self.q.shape
@@ -256,12 +272,12 @@ def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1, roles: 
     C, tuning = problem.plan(kernel)
     programs = problem.programs(C)
     if programs > 0:
-        places = tuning.resident * multiprocessors(problem.q.device) if tuning.persistent else programs
+        places = tuning.resident * multiprocessors(problem.record.device) if tuning.persistent else programs
         # a loop of one tile needs no pipeline
         num_stages = tuning.num_stages if tuning.persistent or problem.longest > C.BLOCK_N else 1
         grid = (min(programs, places), splits, roles)
         arguments = arguments | dict(C=C, programs=programs)
-        call(kernel, grid, arguments, _warps(C), num_stages=num_stages, maxnreg=tuning.maxnreg)
+        problem.record.launch(kernel, grid, arguments, _warps(C), num_stages, tuning.maxnreg)
 
 
 def _split(kernel, problem: _Problem, length: int, roles: int = 1) -> int:
@@ -269,7 +285,7 @@ def _split(kernel, problem: _Problem, length: int, roles: int = 1) -> int:
     C, tuning = problem.plan(kernel)
     if problem.cu_seqlens is not None:
         length = problem.max_seqlen
-    places = tuning.resident * multiprocessors(problem.q.device)
+    places = tuning.resident * multiprocessors(problem.record.device)
     return max(1, min(places // max(problem.programs(C) * roles, 1), cdiv(length, C.BLOCK_N), 65535))
 
 
@@ -280,24 +296,24 @@ def _fits(kernel, problem: _Problem) -> bool:
     if kernel is backward_kernel and (problem.rope is not None or problem.parameter is not None):
         return False
     programs = problem.programs(problem.plan(kernel)[0])
-    return problem.short or programs >= 3 * multiprocessors(problem.q.device)
+    return problem.short or programs >= 3 * multiprocessors(problem.record.device)
 
 
-def _reduce(partial: Tensor) -> Tensor:
+def _reduce(partial: Tensor, record: Record) -> Tensor:
     """Adds up the first dimension, always in the same order."""
     if partial.shape[0] == 1 or partial.numel() == 0:
         return partial[0]
-    total = torch.empty_like(partial[0])
+    total = record.new_empty(partial.shape[1:], torch.float32)
     arguments = dict(
         partial_ptr=partial, sum_ptr=total, length=total.numel(), splits=partial.shape[0], BLOCK=128, SPLITS=16
     )
-    call(reduce_kernel, (cdiv(total.numel(), 128), 1, 1), arguments)
+    record.launch(reduce_kernel, (cdiv(total.numel(), 128), 1, 1), arguments)
     return total
 
 
 def _merge(partial: Tensor, query_sums: Tensor, p: _Problem) -> Tensor:
     """The state of a softmax from those of its splits."""
-    state = torch.empty_like(partial[0])
+    state = p.new_empty(*partial.shape[1:])
     rows, D = state.shape[-2:]
     heads = state.numel() // (rows * D)
     arguments = dict(
@@ -305,155 +321,183 @@ def _merge(partial: Tensor, query_sums: Tensor, p: _Problem) -> Tensor:
         splits=partial.shape[0], query_splits=query_sums.shape[0], D=D, ROWS=rows, BLOCK_D=max(16, power_of_two(D)),
         BLOCK=512, SPLITS=8,
     )  # fmt: skip
-    if heads > 0:
-        call(merge_kernel, (heads, cdiv((rows - 2) * D, 512), 1), arguments)
+    p.record.launch(merge_kernel, (heads, cdiv((rows - 2) * D, 512), 1), arguments)
     return state
 
 
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-def _attend(p: _Problem, keep_state: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """The output, and for the backward pass the keys' state and the norm ratios.
-
-    The state has no elements if the backward pass sums the keys again.
-    """
-    o, ratios = p.empty_output(), p.empty_ratios()
-    if ratios.numel() > 0:
-        norm_ratios(ratios, p.q, p.k, p.parameter, p.exponent)
-        p = p.with_ratios(ratios)
+def record_forward(
+    record: Record, ratios: Tensor | None, q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None,
+    k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None, rope: Tensor | None,
+    cu_seqlens: Tensor | None, options: tuple, keep_state: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The output, and for the backward pass the keys' state, None if it is not kept or the pass sums the keys again."""
+    p = _Problem(record, q, k, v, q_denominator, k_denominator, record.contiguous(parameter), key_weight,
+                 record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
+    o = p.empty_output()
     arguments = p.arguments() | _with_strides(dict(o=o))
     if _fits(forward_kernel, p):
-        state = p.saved_state() if keep_state else p.q.new_empty(0, dtype=torch.float32)
-        kernel = single_forward_kernel if p.single else forward_kernel
-        _launch(kernel, p, arguments | dict(state_ptr=state if state.numel() > 0 else None))
-        return o, state, ratios
+        state = p.saved_state() if keep_state else None
+        _launch(single_forward_kernel if p.single else forward_kernel, p, arguments | dict(state_ptr=state))
+        return o, state
     if p.softmax:
         query_splits = _split(query_sum_kernel, p, p.q.shape[2])
-        query_sums = p.q.new_empty((query_splits, *p.q.shape[:2], p.q.shape[3]), dtype=torch.float32)
+        query_sums = p.new_empty(query_splits, *p.q.shape[:2], p.q.shape[3])
         arguments |= dict(query_sum_ptr=query_sums, query_splits=query_splits)
         _launch(query_sum_kernel, p, arguments, query_splits)
     splits = _split(state_kernel, p, p.k.shape[2])
     state = p.empty_state(splits)
     _launch(state_kernel, p, arguments | dict(state_ptr=state), splits)
-    state = _merge(state, query_sums, p) if p.softmax else _reduce(state)
+    state = _merge(state, query_sums, p) if p.softmax else _reduce(state, record)
     _launch(output_kernel, p, arguments | dict(state_ptr=state), _split(output_kernel, p, p.q.shape[2]))
-    return o, p.saved_state() if p.sums_keys_again else state, ratios
+    return o, state if keep_state and not p.sums_keys_again else None
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None, k_denominator: Tensor | None,
-    parameter: Tensor | None, key_weight: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None,
-    max_seqlen: int, feature_map: str, exponent: int, normalize: bool, scale: float | None,
-    eps: float, softmax: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _attend(
-        _Problem(q, k, v, q_denominator, k_denominator, parameter, key_weight, rope, cu_seqlens, max_seqlen,
-                 feature_map, exponent, normalize, scale, eps, softmax)
-    )  # fmt: skip
+def record_backward(
+    record: Record, do: Tensor, state: Tensor | None, ratios: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None,
+    rope: Tensor | None, cu_seqlens: Tensor | None, options: tuple, keys: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of q, k, v and denominators, terms of the parameter's, and gradients of the queries' and keys' weights.
 
-
-linear_attention_forward = torch.library.custom_op("flash_bla::linear_attention_forward", _forward, mutates_args=())
-
-
-@linear_attention_forward.register_fake
-def _(*arguments):
-    p = _Problem(*arguments)
-    return p.empty_output(), p.saved_state(), p.empty_ratios()
-
-
-def _backward(
-    do: Tensor, state: Tensor, ratios: Tensor, keys: bool,
-    q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None, k_denominator: Tensor | None,
-    parameter: Tensor | None, key_weight: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None,
-    max_seqlen: int, feature_map: str, exponent: int, normalize: bool, scale: float | None,
-    eps: float, softmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the first seven inputs of the forward operator; without ``keys`` those of the queries alone.
-
-    A gradient that does not exist has no elements.
+    Without ``keys`` those of the queries alone. Of the parameter's terms (terms, H, D) ``add_ratio_gradients`` is to
+    write the last ones, where there are norm ratios.
     """
-    p = _Problem(q, k, v, q_denominator, k_denominator, parameter, key_weight, rope, cu_seqlens, max_seqlen,
-                 feature_map, exponent, normalize, scale, eps, softmax).with_ratios(ratios)  # fmt: skip
-    do = do.contiguous() if _is_wide(do) else do  # its strides are no part of the plan
+    p = _Problem(record, q, k, v, q_denominator, k_denominator, record.contiguous(parameter), key_weight,
+                 record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
+    do = record.contiguous(do) if _is_wide(do) else do  # its strides are no part of the plan
     dq, dqd = p.empty_like(q), p.empty_like(q_denominator)
     dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, k_denominator, p.key_weight))
-    focusing = ratios.numel() > 0
-    dwq = p.empty_like(p.query_weight) if focusing else None
+    focusing = ratios is not None
+    dwq = p.empty_like(p.query_weight)
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
+    if p.single:
+        _launch(single_backward_kernel, p, arguments)
+        return dq, dk, dv, None, None, None, None, None
     whole = keys and _fits(backward_kernel, p)
     roles = 2 if p.signs == 2 and keys and not whole else 1  # see query_gradient_kernel
     query_splits = 1 if whole else _split(query_gradient_kernel, p, q.shape[2], roles)
     key_splits = _split(key_gradient_kernel, p, k.shape[2]) if keys and not whole else 0
-    # the parameter's gradient: rows of queries, of keys, and of the norm ratios
-    sizes = [p.sequences if focusing else query_splits * p.sequences, 0 if focusing else key_splits * p.sequences]
-    sizes += [ratio_gradient_programs(q) if focusing else 0, ratio_gradient_programs(k) if focusing and keys else 0]
-    da = q.new_empty(0 if parameter is None else (sum(sizes), *parameter.shape), dtype=torch.float32)
-    da_queries, da_keys, da_query_ratios, da_key_ratios = da.split(sizes) if parameter is not None else [da] * 4
-
-    if p.single:
-        _launch(single_backward_kernel, p, arguments if keys else arguments | dict(dk_ptr=None, dv_ptr=None))
-        return dq, dk, dv, dqd, dkd, p.empty_like(parameter), dwk
+    da = da_queries = da_keys = None
+    if parameter is not None:
+        # rows of queries and keys or, if their terms all come by the ratios, of those
+        rows = [query_splits * p.sequences, key_splits * p.sequences]
+        if focusing:
+            rows = [p.sequences, ratio_gradient_programs(q, record.device)]
+            rows += [ratio_gradient_programs(k, record.device)] if keys else []
+        da = p.new_empty(sum(rows), *parameter.shape)
+        da_queries, da_keys = da[: rows[0]], da[rows[0] :]
     if whole:
         _launch(backward_kernel, p, arguments | dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries))
-    else:
-        if p.sums_keys_again:
-            state = p.empty_state(1)[0]
-            _launch(state_kernel, p, arguments | dict(state_ptr=state))
-        arguments |= dict(
-            state_ptr=state, d_state_ptr=p.empty_state(query_splits) if keys else None, da_ptr=da_queries,
-            mean_ptr=q.new_empty((p.sequences, q.shape[1], v.shape[3]), dtype=torch.float32), d_mean_ptr=None,
-            splits=key_splits,
-        )  # fmt: skip
-        if softmax:
-            arguments["d_mean_ptr"] = q.new_empty((key_splits, *q.shape[:2], q.shape[3]), dtype=torch.float32)
-        constants = dict(SUMS=keys, GRADIENT=not softmax)
-        _launch(query_gradient_kernel, p, arguments | constants, query_splits, roles)
-        if keys:
-            outputs = dict(d_state_ptr=_reduce(arguments["d_state_ptr"]), da_ptr=da_queries if focusing else da_keys)
-            _launch(key_gradient_kernel, p, arguments | outputs, key_splits)
-        if softmax:  # the keys' weights depend on all queries
-            _launch(query_gradient_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
-    if focusing:
-        add_ratio_gradients(dq, da_query_ratios, dwq, True, q, parameter, exponent)
-    if focusing and keys:
-        dr = dwk if key_weight is None else dwk * key_weight
-        add_ratio_gradients(dk, da_key_ratios, dr, False, k, parameter, exponent)
+        return dq, dk, dv, dqd, dkd, da, dwq, dwk
+    if p.sums_keys_again:
+        state = p.empty_state(1)[0]
+        _launch(state_kernel, p, arguments | dict(state_ptr=state))
+    d_state = p.empty_state(query_splits) if keys else None
+    arguments |= dict(
+        state_ptr=state, d_state_ptr=d_state, da_ptr=da_queries,
+        mean_ptr=p.new_empty(p.sequences, q.shape[1], v.shape[3]), d_mean_ptr=None, splits=key_splits,
+    )  # fmt: skip
+    if p.softmax:
+        arguments["d_mean_ptr"] = p.new_empty(key_splits, *q.shape[:2], q.shape[3])
+    constants = dict(SUMS=keys, GRADIENT=not p.softmax)
+    _launch(query_gradient_kernel, p, arguments | constants, query_splits, roles)
+    if keys:
+        outputs = dict(d_state_ptr=_reduce(d_state, record), da_ptr=da_queries if focusing else da_keys)
+        _launch(key_gradient_kernel, p, arguments | outputs, key_splits)
+    if p.softmax:  # the keys' weights depend on all queries
+        _launch(query_gradient_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
+    return dq, dk, dv, dqd, dkd, da, dwq, dwk
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+
+def _forward(tensors: Sequence[Tensor | None], options: tuple, keep_state: bool = True) -> tuple[Tensor | None, ...]:
+    """The output, and for the backward pass the keys' state and the norm ratios."""
+    ratios = None
+    if options[1] == "focusing_power":
+        q, k, parameter, key_weight = tensors[0], tensors[1], tensors[5], tensors[6]
+        ratios = run(norm_ratios, (q, k, parameter), (options[2],))
         if key_weight is not None:
-            dwk = dwk * ratios[:, None, q.shape[2] :]
-    if key_weight is None:
-        dwk = q.new_empty(0)
-    return dq, dk, dv, dqd, dkd, da.sum(0) if parameter is not None else da, dwk
+            tensors = (*tensors[:6], ratios[:, None, q.shape[2] :] * key_weight, *tensors[7:])
+    return *run(record_forward, (ratios, *tensors), (options, keep_state)), ratios
 
 
-linear_attention_backward = torch.library.custom_op("flash_bla::linear_attention_backward", _backward, mutates_args=())
+def _backward(
+    do: Tensor, state: Tensor | None, ratios: Tensor | None, keys: bool, tensors: Sequence[Tensor | None],
+    options: tuple,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of the first seven inputs of the forward operator; without ``keys`` those of the queries alone."""
+    q, k, parameter, key_weight = tensors[0], tensors[1], tensors[5], tensors[6]
+    if ratios is None:
+        inputs = (do, state, None, *tensors)
+    else:
+        key_ratios = ratios[:, None, q.shape[2] :]
+        weight = None if key_weight is None else key_ratios * key_weight
+        inputs = (do, state, ratios, *tensors[:6], weight, *tensors[7:])
+    dq, dk, dv, dqd, dkd, da, dwq, dwk = run(record_backward, inputs, (options, keys))
+    if ratios is not None:
+        dr = dwk if dwk is None or key_weight is None else dwk * key_weight
+        run(add_ratio_gradients, (dq, dk, da, dwq, dr, q, k, parameter), (options[2],))
+        dwk = None if dwk is None or key_weight is None else dwk * key_ratios
+    return dq, dk, dv, dqd, dkd, None if da is None else da.sum(0), dwk
 
 
-@linear_attention_backward.register_fake
-def _(do, state, ratios, keys, *arguments):
-    p = _Problem(*arguments)
-    of_keys = [p.empty_like(x if keys else None) for x in (p.k, p.v, p.k_denominator, p.key_weight)]
-    dk, dv, dk_denominator, dk_weight = of_keys
-    return (p.empty_like(p.q), dk, dv, p.empty_like(p.q_denominator), dk_denominator, p.empty_like(p.parameter),
-            dk_weight)  # fmt: skip
+SCHEMA = """
+    Tensor q, Tensor k, Tensor v, Tensor? q_denominator, Tensor? k_denominator, Tensor? parameter, Tensor? key_weight,
+    Tensor? rope, Tensor? cu_seqlens, SymInt max_seqlen, str feature_map, int exponent, bool normalize, float? scale,
+    float eps, bool softmax
+"""
+
+
+def _forward_operator(q: Tensor, *arguments) -> tuple[Tensor, ...]:
+    return as_outputs(_forward((q, *arguments[:8]), arguments[8:]), q)
+
+
+def _fake_forward(*arguments) -> tuple[Tensor, ...]:
+    p = _Problem(None, *arguments)
+    return as_outputs((p.empty_output(), p.saved_state(), p.empty_ratios()), p.q)
+
+
+def _backward_operator(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *arguments) -> tuple[Tensor, ...]:
+    ratios = ratios if arguments[10] == "focusing_power" else None
+    return as_outputs(_backward(do, state, ratios, keys, arguments[:9], arguments[9:]), do)
+
+
+def _fake_backward(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *arguments) -> tuple[Tensor, ...]:
+    p = _Problem(None, *arguments)
+    dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (p.k, p.v, p.k_denominator, p.key_weight))
+    of_queries = p.empty_like(p.q), p.empty_like(p.q_denominator)
+    return as_outputs((of_queries[0], dk, dv, of_queries[1], dkd, p.empty_like(p.parameter), dwk), do)
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.options = inputs[:9], inputs[9:]
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:9], *output[1:])
 
 
-def _differentiate(ctx, do, *_, backward=linear_attention_backward):
+def _of_keys(ctx) -> bool:
+    """Whether more than the gradient of the queries is needed; through a softmax it takes that of the keys, too."""
+    _, k, v, _, *others = ctx.needs_input_grad[:7]
+    return ctx.options[-1] or k or v or any(others)
+
+
+def _differentiate(ctx, do, *_):
     *tensors, state, ratios = ctx.saved_tensors
-    needed, softmax = ctx.needs_input_grad[:7], ctx.options[-1]
-    keys = softmax or any(needed[i] for i in (1, 2, 4, 5, 6))
-    gradients = backward(do, state, ratios, keys, *tensors, *ctx.options)
-    gradients = (g if need else None for g, need in zip(gradients, needed, strict=True))
+    gradients = linear_attention_backward(do, state, ratios, _of_keys(ctx), *tensors, *ctx.options)
+    gradients = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
     return *gradients, *[None] * (2 + len(ctx.options))
 
 
-linear_attention_forward.register_autograd(_differentiate, setup_context=_setup_context)
+linear_attention_forward = define_operator(
+    f"linear_attention_forward({SCHEMA}) -> (Tensor, Tensor, Tensor)", _forward_operator, _fake_forward,
+    _differentiate, _setup_context,
+)  # fmt: skip
+linear_attention_backward = define_operator(
+    f"linear_attention_backward(Tensor do, Tensor state, Tensor ratios, bool keys, {SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _backward_operator, _fake_backward,
+)  # fmt: skip
 
 
 class _Eager(torch.autograd.Function):
@@ -461,14 +505,17 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+        *tensors, options = inputs
+        o, state, ratios = _forward(tensors, options)
+        ctx.options = options
+        ctx.save_for_backward(*tensors, state, ratios)
+        return o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do, *_):
-        return _differentiate(ctx, do, backward=_backward)
+    def backward(ctx, do):
+        *tensors, state, ratios = ctx.saved_tensors
+        return *_backward(do, state, ratios, _of_keys(ctx), tensors, ctx.options), None, None, None
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_forward)
@@ -503,22 +550,21 @@ def linear_attention(
 ) -> Tensor:
     """The operator on checked arguments; as ``linear_attention_reference``."""
     if rope is not None:  # bfloat16 needs no more than float16, and reads less
-        rope = rope.to(torch.float16 if q.dtype == torch.bfloat16 else torch.float32).contiguous()
-    parameter = None if feature_map.parameter is None else feature_map.parameter.float().contiguous()
+        rope = rope.to(torch.float16 if q.dtype == torch.bfloat16 else torch.float32)
+    parameter = None if feature_map.parameter is None else feature_map.parameter.float()
     softmax = isinstance(key_weight, str)
     key_weight = key_weight.float() if isinstance(key_weight, Tensor) else None
+    scale = None if scale is None else float(scale)
+    options = max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, float(eps), softmax
     eager = is_eager(q)
 
     def attend(v: Tensor) -> Tensor:
-        inputs = (
-            q, k, v, q_denominator, k_denominator, parameter, key_weight, rope, cu_seqlens, max_seqlen or 0,
-            feature_map.name, feature_map.exponent, normalize, scale, eps, softmax,
-        )  # fmt: skip
+        tensors = q, k, v, q_denominator, k_denominator, parameter, key_weight, rope, cu_seqlens
         if not eager:
-            return linear_attention_forward(*inputs)[0]
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return _Eager.apply(*inputs)[0]
-        return _attend(_Problem(*inputs), keep_state=False)[0]  # no state for a backward pass that will not come
+            return linear_attention_forward(*tensors, *options)[0]
+        if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):
+            return _Eager.apply(*tensors, options)
+        return _forward(tensors, options, keep_state=False)[0]  # no state for a backward pass that will not come
 
     signs = 2 if feature_map.signed else 1
     widest = widest_values(q, signs)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, call, cdiv, jit, multiprocessors, power_of_two, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, Record, cdiv, jit, multiprocessors, power_of_two, tl
 
 # Strides come as tuples in the order (batch, head, row, column).
 
@@ -214,56 +215,76 @@ def _width(x: Tensor, packed: bool, exponent: int, gradient: bool = False) -> _W
     return _Width(C, C if packed else x.shape[3], parts, block_c, block_n, rows, exponent)
 
 
-def _programs(x: Tensor, length: int, W: _Width, resident: int) -> tuple[int, int, int]:
+def _programs(x: Tensor, length: int, W: _Width, resident: int, device: torch.device) -> tuple[int, int, int]:
     """A grid that fills all multiprocessors once, as far as there are rows."""
-    return max(1, min(resident * multiprocessors(x.device) // x.shape[0], cdiv(length, W.BLOCK_N))), x.shape[0], 1
+    return max(1, min(resident * multiprocessors(device) // max(x.shape[0], 1), cdiv(length, W.BLOCK_N))), x.shape[0], 1
 
 
 def _is_packed(x: Tensor) -> bool:
     return x.stride(1) == x.shape[3] and x.stride(3) == 1
 
 
-def norm_ratios(ratios: Tensor, q: Tensor, k: Tensor, scale: Tensor, exponent: int) -> None:
-    """Writes ‖u‖ / ‖uᵖ‖ with u = (max(x, 0) + 1e-6) / scale, over all heads and channels of a token.
+def norm_ratios(record: Record, q: Tensor, k: Tensor, scale: Tensor, exponent: int) -> Tensor:
+    """‖u‖ / ‖uᵖ‖ with u = (max(x, 0) + 1e-6) / scale, over all heads and channels of a token.
 
     Args:
-        ratios: Float32 ``(B, N + M)``: the queries' and the keys'.
+        record: Of the launch.
         q: ``(B, H, N, D)``, float16, bfloat16 or float32.
         k: ``(B, H, M, D)`` of the same type.
-        scale: Positive, float32, contiguous ``(H, D)``.
+        scale: Positive, float32, ``(H, D)``.
         exponent: p.
+
+    Returns:
+        Float32 ``(B, N + M)``: the queries' and the keys'.
     """
+    ratios = record.new_empty((q.shape[0], q.shape[2] + k.shape[2]), torch.float32)
     W = _width(q, _is_packed(q) and _is_packed(k), exponent)
     arguments = dict(
-        q_ptr=q, q_strides=q.stride(), k_ptr=k, k_strides=k.stride(), scale_ptr=scale, ratio_ptr=ratios,
-        query_length=q.shape[2], key_length=k.shape[2], W=W,
+        q_ptr=q, q_strides=q.stride(), k_ptr=k, k_strides=k.stride(), scale_ptr=record.contiguous(scale),
+        ratio_ptr=ratios, query_length=q.shape[2], key_length=k.shape[2], W=W,
     )  # fmt: skip
-    call(norm_ratio_kernel, _programs(q, max(q.shape[2], k.shape[2]), W, 6), arguments)
+    grid = _programs(q, max(q.shape[2], k.shape[2]), W, 6, record.device)
+    record.launch(norm_ratio_kernel, grid, arguments)
+    return ratios
 
 
-def ratio_gradient_programs(x: Tensor) -> int:
-    """The rows of what ``add_ratio_gradients`` writes for the scale."""
-    splits, sequences, _ = _programs(x, x.shape[2], _width(x, True, 1, gradient=True), 4)
+def ratio_gradient_programs(x: Tensor, device: torch.device) -> int:
+    """The rows of what ``add_ratio_gradients`` writes for the scale, for queries or keys."""
+    splits, sequences, _ = _programs(x, x.shape[2], _width(x, True, 1, gradient=True), 4, device)
     return splits * sequences
 
 
 def add_ratio_gradients(
-    dx: Tensor, dscale: Tensor, dr: Tensor, log: bool, x: Tensor, scale: Tensor, exponent: int
-) -> None:
-    """Adds to the gradient of queries or keys what comes by their ratios.
+    record: Record, dq: Tensor, dk: Tensor | None, dscale: Tensor, d_log_ratio: Tensor, d_ratio: Tensor | None,
+    q: Tensor, k: Tensor, scale: Tensor, exponent: int,
+) -> tuple[()]:  # fmt: skip
+    """Adds to the gradients of queries and keys what comes by their ratios.
 
     Args:
-        dx: The gradient ``(B, H, N, D)``.
-        dscale: Float32 ``(ratio_gradient_programs(x), H, D)``, to be written: terms of the scale's gradient.
-        dr: Gradient of the ratios by head, contiguous ``(B, H, N)``.
-        log: Whether it is that of their logarithms.
-        x: Queries or keys ``(B, H, N, D)``.
+        record: Of the launches.
+        dq: The gradient ``(B, H, N, D)``.
+        dk: ``(B, H, M, D)``, or None if it is not needed.
+        dscale: Float32 ``(rows, H, D)``: terms of the scale's gradient, the last of which are to be written.
+        d_log_ratio: Gradient of the logarithms of the queries' ratios by head ``(B, H, N)``.
+        d_ratio: Gradient of the keys' ratios ``(B, H, M)``, or None.
+        q: ``(B, H, N, D)``.
+        k: ``(B, H, M, D)``.
         scale: As in ``norm_ratios``.
         exponent: p.
     """
-    W = _width(x, _is_packed(x) and _is_packed(dx), exponent, gradient=True)
-    arguments = dict(
-        x_ptr=x, x_strides=x.stride(), dx_ptr=dx, dx_strides=dx.stride(), dr_ptr=dr, scale_ptr=scale,
-        dscale_ptr=dscale, length=x.shape[2], LOG=log, HEADS=x.shape[1], BLOCK_H=power_of_two(x.shape[1]), W=W,
-    )  # fmt: skip
-    call(norm_ratio_gradient_kernel, _programs(x, x.shape[2], W, 4), arguments, maxnreg=128)
+    scale = record.contiguous(scale)
+    end = dscale.shape[0]
+    for x, dx, dr, log in ((k, dk, d_ratio, False), (q, dq, d_log_ratio, True)):
+        if dx is None:
+            continue
+        rows = ratio_gradient_programs(x, record.device)
+        W = _width(x, _is_packed(x) and _is_packed(dx), exponent, gradient=True)
+        arguments = dict(
+            x_ptr=x, x_strides=x.stride(), dx_ptr=dx, dx_strides=dx.stride(), dr_ptr=record.contiguous(dr),
+            scale_ptr=scale, dscale_ptr=dscale[end - rows : end], length=x.shape[2], LOG=log, HEADS=x.shape[1],
+            BLOCK_H=power_of_two(x.shape[1]), W=W,
+        )  # fmt: skip
+        grid = _programs(x, x.shape[2], W, 4, record.device)
+        record.launch(norm_ratio_gradient_kernel, grid, arguments, maxnreg=128)
+        end -= rows
+    return ()

@@ -12,7 +12,17 @@ import math
 import torch
 from torch import Tensor
 
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, call, cdiv, jit, multiprocessors, precision, tl
+from flash_bla.ops.triton_support import (
+    NOT_SPECIALIZED,
+    Record,
+    as_outputs,
+    cdiv,
+    jit,
+    multiprocessors,
+    precision,
+    run,
+    tl,
+)
 from flash_bla.ops.triton_support import tile_pointers as _tile
 
 MAX_HEAD_DIM = 128
@@ -233,26 +243,35 @@ def check_limits(q: Tensor, block_size: int) -> None:
         raise ValueError(f"backend 'triton' takes heads up to {MAX_HEAD_DIM} wide, got {q.shape[-1]}; {instead}")
 
 
-@torch.library.custom_op("flash_bla::piecewise_sparse_statistics", mutates_args=())
-def block_statistics(
-    q: Tensor, k: Tensor, v: Tensor, block_size: int, norms: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of ``BlockStatistics``; the last of them is empty unless norms are asked for."""
+def record_statistics(
+    record: Record, q: Tensor, k: Tensor, v: Tensor, block_size: int, norms: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Means, the splits' sums of the H_j, and their norms if asked for."""
     B, H, N, D = q.shape
     arguments = _arguments(q, k, v, block_size)
     blocks, block_d = arguments["blocks"], arguments["BLOCK_D"]
-    splits = min(blocks, cdiv(2 * multiprocessors(q.device), max(B * H, 1)))
-    q_mean, k_mean, v_mean = (q.new_empty((B, H, blocks, D), dtype=torch.float32) for _ in range(3))
-    slope = q.new_empty((splits, B, H, D, D), dtype=torch.float32)
-    norm = q.new_empty((B, H, blocks) if norms else 0, dtype=torch.float32)
+    splits = min(blocks, cdiv(2 * multiprocessors(record.device), max(B * H, 1)))
+    q_mean, k_mean, v_mean = (record.new_empty((B, H, blocks, D), torch.float32) for _ in range(3))
+    slope = record.new_empty((splits, B, H, D, D), torch.float32)
+    norm = record.new_empty((B, H, blocks), torch.float32) if norms else None
     arguments |= dict(
         q_mean_ptr=q_mean, k_mean_ptr=k_mean, v_mean_ptr=v_mean, slope_ptr=slope, norm_ptr=norm,
         BLOCK_N=min(block_size, 64), NORMS=norms,
     )  # fmt: skip
     if q.numel() > 0:
         narrow = block_d <= 64 or (q.element_size() == 2 and not norms)  # the sums fit into the registers of 4 warps
-        call(statistics_kernel, (B * H, splits, 1), arguments, num_warps=4 if narrow else 8, num_stages=2)
-    return q_mean, k_mean, v_mean, slope.sum(0), norm
+        grid = (B * H, splits, 1)
+        record.launch(statistics_kernel, grid, arguments, num_warps=4 if narrow else 8, num_stages=2)
+    return q_mean, k_mean, v_mean, slope, norm
+
+
+@torch.library.custom_op("flash_bla::piecewise_sparse_statistics", mutates_args=())
+def block_statistics(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, norms: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of ``BlockStatistics``; the last of them is empty unless norms are asked for."""
+    *means, slope, norm = run(record_statistics, (q, k, v), (block_size, norms))
+    return as_outputs((*means, slope.sum(0), norm), slope)
 
 
 @block_statistics.register_fake
@@ -263,6 +282,19 @@ def _(q, k, v, block_size, norms):
     return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
+def record_choice(record: Record, scores: Tensor, kept: int, length: int, block_size: int) -> tuple[Tensor, Tensor]:
+    """As ``choose``."""
+    chosen, log_size = _empty_choice(record, scores, kept)
+    arguments = dict(
+        scores_ptr=record.contiguous(scores), chosen_ptr=chosen, log_size_ptr=log_size, length=length,
+        blocks=scores.shape[-1], padded=log_size.shape[-1], kept=kept, BLOCK=block_size,
+        LOG_BLOCK=math.log2(block_size), BLOCK_J=256,
+    )  # fmt: skip
+    if scores.numel() > 0:
+        record.launch(choice_kernel, (scores.numel() // scores.shape[-1], 1, 1), arguments, num_warps=1)
+    return chosen, log_size
+
+
 @torch.library.custom_op("flash_bla::piecewise_sparse_choice", mutates_args=())
 def choose(scores: Tensor, kept: int, length: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Of scores ``(B, H, blocks, blocks)`` in float32 the highest of each row.
@@ -270,26 +302,40 @@ def choose(scores: Tensor, kept: int, length: int, block_size: int) -> tuple[Ten
     Returns their indices, ascending, and the logarithms of the other blocks' numbers of tokens, -∞ for those kept and
     for the padding.
     """
-    chosen, log_size = _empty_choice(scores, kept)
-    arguments = dict(
-        scores_ptr=scores.contiguous(), chosen_ptr=chosen, log_size_ptr=log_size, length=length,
-        blocks=scores.shape[-1], padded=log_size.shape[-1], kept=kept, BLOCK=block_size,
-        LOG_BLOCK=math.log2(block_size), BLOCK_J=256,
-    )  # fmt: skip
-    if scores.numel() > 0:
-        call(choice_kernel, (scores.numel() // scores.shape[-1], 1, 1), arguments, num_warps=1)
-    return chosen, log_size
+    return run(record_choice, (scores,), (kept, length, block_size))
 
 
 @choose.register_fake
 def _(scores, kept, length, block_size):
-    return _empty_choice(scores, kept)
+    return _empty_choice(scores, scores, kept)
 
 
-def _empty_choice(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+def _empty_choice(memory: Record | Tensor, scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     *rows, blocks = scores.shape
     padded = cdiv(blocks, PADDING) * PADDING
-    return scores.new_empty((*rows, kept), dtype=torch.int32), scores.new_empty((*rows, padded))
+    return (
+        memory.new_empty((*rows, kept), dtype=torch.int32),
+        memory.new_empty((*rows, padded), dtype=scores.dtype),
+    )
+
+
+def record_attention(
+    record: Record, q: Tensor, k: Tensor, v: Tensor, k_mean: Tensor, v_mean: Tensor, slope: Tensor, slope_scale: Tensor,
+    chosen: Tensor, log_size: Tensor, block_size: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """As ``attend``, with padded means and the slope in the type of q; the slope is to be multiplied by its scale."""
+    B, H, _, _ = q.shape
+    blocks, kept = chosen.shape[2:]
+    o = _empty_output(record, q)
+    half, rows = q.element_size() == 2, min(block_size, 64)
+    arguments = _arguments(q, k, v, block_size) | dict(
+        o_ptr=o, o_strides=o.stride(), k_mean_ptr=k_mean, v_mean_ptr=v_mean, slope_ptr=slope,
+        slope_scale_ptr=slope_scale, chosen_ptr=chosen, log_size_ptr=log_size, kept=kept, scale=scale, BLOCK_M=rows,
+        BLOCK_N=rows if half else min(rows, 32), BLOCK_C=32, PADDING=PADDING,
+    )  # fmt: skip
+    grid = (B * H * blocks * (block_size // rows), 1, 1)
+    record.launch(attention_kernel, grid, arguments, num_stages=3 if half else 1)
+    return o
 
 
 @torch.library.custom_op("flash_bla::piecewise_sparse_attention", mutates_args=())
@@ -298,35 +344,24 @@ def attend(
     block_size: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """The attention with the blocks given by their statistics, and those to keep as ``choose`` returns them."""
-    B, H, N, D = q.shape
-    blocks, kept = chosen.shape[2:]
-    o = _empty_output(q)
     if q.numel() == 0:
-        return o
+        return _empty_output(q, q)
     largest = torch.linalg.vector_norm(slope, float("inf"), dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-    half = q.element_size() == 2
-    padding = (0, 0, 0, log_size.shape[-1] - blocks)
-    k_mean, v_mean = (torch.nn.functional.pad(x, padding).to(q.dtype) for x in (k_mean, v_mean))
-    rows = min(block_size, 64)
-    arguments = _arguments(q, k, v, block_size) | dict(
-        o_ptr=o, o_strides=o.stride(), k_mean_ptr=k_mean, v_mean_ptr=v_mean,
-        slope_ptr=(slope / largest).to(q.dtype), slope_scale_ptr=largest * (scale / N), chosen_ptr=chosen,
-        log_size_ptr=log_size, kept=kept, scale=scale, BLOCK_M=rows, BLOCK_N=rows if half else min(rows, 32),
-        BLOCK_C=32, PADDING=PADDING,
-    )  # fmt: skip
-    call(attention_kernel, (B * H * blocks * (block_size // rows), 1, 1), arguments, num_stages=3 if half else 1)
-    return o
+    padding = (0, 0, 0, log_size.shape[-1] - chosen.shape[2])
+    means = (torch.nn.functional.pad(x, padding).to(q.dtype) for x in (k_mean, v_mean))
+    slopes = (slope / largest).to(q.dtype), largest * (scale / q.shape[2])
+    return run(record_attention, (q, k, v, *means, *slopes, chosen, log_size), (block_size, scale))
 
 
 @attend.register_fake
 def _(q, k, v, k_mean, v_mean, slope, chosen, log_size, block_size, scale):
-    return _empty_output(q)
+    return _empty_output(q, q)
 
 
-def _empty_output(q: Tensor) -> Tensor:
+def _empty_output(memory: Record | Tensor, q: Tensor) -> Tensor:
     B, H, N, D = q.shape
     # laid out as (B, N, H, D), which the projection after an attention reads without a copy
-    return q.new_empty((B, N, H, D)).transpose(1, 2)
+    return memory.new_empty((B, N, H, D), dtype=q.dtype).transpose(1, 2)
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> dict:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,8 @@ except ImportError:
         """Stands in for ``triton.jit``: the function stays, and nothing calls it."""
         return function if function is not None else jit
 
+
+META = torch.device("meta")
 
 # Whether Triton's interpreter runs the kernels, on any device; Triton reads the variable when it is imported, too.
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -85,44 +86,6 @@ def launch_options(
     return dict(num_warps=num_warps, num_stages=num_stages) | ({} if maxnreg is None else dict(maxnreg=maxnreg))
 
 
-_COMPILED: dict[tuple, object] = {}
-
-
-def call(
-    kernel,
-    grid: tuple[int, int, int],
-    arguments: dict,
-    num_warps: int = 4,
-    num_stages: int = 1,
-    maxnreg: int | None = None,
-) -> None:
-    """``kernel[grid](**arguments)``, without Triton's search for the compiled kernel where the same call came before.
-
-    What Triton specialises on stands in the key: types, strides, whether pointers are multiples of 16, constants.
-    """
-    values = [arguments[name] for name in kernel.arg_names]
-    if INTERPRETING:
-        kernel[grid](*values)
-        return
-    device = next(x.device for x in values if isinstance(x, Tensor))
-    key = (
-        kernel,
-        device,
-        num_stages,
-        *((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x
-          for name, x in zip(kernel.arg_names, values, strict=True) if name not in NOT_SPECIALIZED),
-    )  # fmt: skip
-    with torch.cuda.device(device):  # Triton launches on the current device
-        compiled = _COMPILED.get(key)
-        if compiled is not None:
-            compiled[grid](*values)
-            return
-        if len(_COMPILED) > 4096:  # strides change with the length: images of ever new sizes must not fill the memory
-            _COMPILED.clear()
-        options = launch_options(num_warps, num_stages, maxnreg)
-        _COMPILED[key] = kernel[grid](*values, **options)
-
-
 def is_eager(x: Tensor) -> bool:
     """Whether nothing looks on that must see operators: tracing, a dispatch mode, a transform, a subclass of Tensor."""
     return not (
@@ -131,61 +94,200 @@ def is_eager(x: Tensor) -> bool:
     )  # fmt: skip
 
 
-class _Launch(NamedTuple):
-    """All of a launch but its pointers, for tensors of certain shapes, strides and types."""
+def once_differentiable(backward: Callable) -> Callable:
+    """PyTorch's, which takes time only where gradients have a graph of their own."""
+    careful = torch.autograd.function.once_differentiable(backward)
+    return lambda *arguments: (careful if torch.is_grad_enabled() else backward)(*arguments)
 
-    kernel: object
-    grid: tuple[int, int, int]
-    values: list
-    places: list[int]  # of the tensors among the values
-    options: dict
-    compiled: dict[tuple, object]  # the kernel, by which of the tensors are aligned
 
-    def run(self, tensors: list[Tensor]) -> None:
+class Launch:
+    """A kernel's call, ``kernel[grid](*values, **options)``."""
+
+    def __init__(self, kernel, grid: tuple[int, int, int], values: list, options: dict) -> None:
+        self.kernel, self.grid, self.options = kernel, grid, options
+        self.values = values  # with meta tensors in the place of tensors
+        self.pointers: list[tuple[int, int, int]] = []  # place among the values, tensor, bytes from its first element
+        self.compiled = None
+
+    def run(self, tensors: list[Tensor | None]) -> None:
+        """The call on tensors, by Triton's own launch: it compiles the kernel where it must."""
         values = self.values.copy()
-        for place, tensor in zip(self.places, tensors, strict=True):
-            values[place] = tensor
-        aligned = tuple([tensor.data_ptr() % 16 == 0 for tensor in tensors])
-        compiled = self.compiled.get(aligned)
-        device = tensors[0].device
-        with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
-            if compiled is None:
-                self.compiled[aligned] = self.kernel[self.grid](*values, **self.options)
-            else:
-                compiled[self.grid](*values)
+        for place, number, start in self.pointers:
+            memory, x = tensors[number], values[place]
+            memory = memory.view(x.dtype)  # which may be bytes
+            start = memory.storage_offset() + start // x.element_size()
+            values[place] = memory.as_strided(x.shape, x.stride(), start)
+        if INTERPRETING:
+            self.kernel[self.grid](*values)
+        else:
+            self.compiled = self.kernel[self.grid](*values, **launch_options(**self.options))
 
 
-_LAUNCHES: dict[tuple, _Launch] = {}
+class Record:
+    """What a function allocates and launches, for tensors of certain shapes, strides, types and alignments.
 
-
-def launch(kernel, pointers: dict[str, Tensor | None], signature: tuple, describe: Callable) -> None:
-    """Launches a kernel, as ``describe`` says: with a grid, a limit of registers, and arguments besides the pointers.
-
-    They are asked for once for a signature (and the tensors' shapes, strides and types), because putting them together
-    takes longer than many a kernel.
+    The function runs once, with this object and meta tensors in the place of its inputs. It may make views of them, and
+    asks here for memory and launches. It returns what it has allocated, whole and in any layout, or None. ``replay``
+    then does the same for tensors, with pointers and no more: Python and PyTorch would take longer than many a kernel.
     """
-    tensors = [x for x in pointers.values() if x is not None]
-    device = tensors[0].device
-    signature = (
-        id(kernel), device,  # a kernel's own hash is slow
-        *[id(x) if callable(x) else x for x in signature],
-        *[None if x is None else (x.dtype, x.shape, x.stride()) for x in pointers.values()],
-    )  # fmt: skip
-    prepared = _LAUNCHES.get(signature)
-    if prepared is not None:
-        prepared.run(tensors)
-        return
-    grid, maxnreg, arguments = describe()
-    if min(grid) == 0:
-        return
-    arguments |= pointers
-    call(kernel, grid, arguments, maxnreg=maxnreg)
-    if device.type == "cuda" and not INTERPRETING:
-        if len(_LAUNCHES) > 4096:  # images of ever new sizes must not fill the memory
-            _LAUNCHES.clear()
-        values = [None if isinstance(arguments[name], Tensor) else arguments[name] for name in kernel.arg_names]
-        places = [kernel.arg_names.index(name) for name, x in pointers.items() if x is not None]
-        _LAUNCHES[signature] = _Launch(kernel, grid, values, places, launch_options(4, 1, maxnreg), {})
+
+    def __init__(
+        self, function: Callable, tensors: Sequence[Tensor | None], options: tuple = (), device: torch.device = META
+    ) -> None:
+        self.device = device
+        # what compiled models allocate with: in half the time of torch.empty_strided, on the current device
+        self._empty = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+        self.launches: list[Launch] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []  # of which input
+        self._memory: list[tuple[Tensor, bool]] = []  # whether it is to be zero
+        inputs = [
+            None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META) for x in tensors
+        ]
+        outputs = function(self, *inputs, *options)
+        self._is_tuple = isinstance(outputs, tuple)
+        self._lay_out(inputs, outputs if self._is_tuple else (outputs,))
+
+    def new_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self._memory.append((torch.empty(shape, dtype=dtype, device=META), False))
+        return self._memory[-1][0]
+
+    def new_zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        self._memory.append((torch.empty(shape, dtype=dtype, device=META), True))
+        return self._memory[-1][0]
+
+    def contiguous(self, x: Tensor | None) -> Tensor | None:
+        """An input, or a contiguous copy of it."""
+        if x is None or x.is_contiguous():
+            return x
+        self._copies.append((x, torch.empty(x.shape, dtype=x.dtype, device=META)))
+        return self._copies[-1][1]
+
+    def launch(
+        self,
+        kernel,
+        grid: tuple[int, int, int],
+        arguments: dict,
+        num_warps: int = 4,
+        num_stages: int = 1,
+        maxnreg: int | None = None,
+    ) -> None:
+        """``kernel[grid](**arguments)``, of those that the kernel has."""
+        if min(grid) > 0:
+            options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
+            self.launches.append(Launch(kernel, grid, [arguments[name] for name in kernel.arg_names], options))
+
+    def _lay_out(self, inputs: list[Tensor | None], outputs: tuple[Tensor | None, ...]) -> None:
+        """Numbers all tensors: inputs, copies, outputs and zeros, then one allocation for what else there is."""
+        views = {_storage(x): x for x in outputs if x is not None}
+        own = [(views.get(_storage(x), x), zero) for x, zero in self._memory if zero or _storage(x) in views]
+        tensors = [*inputs, *(copy for _, copy in self._copies), *(x for x, _ in own)]
+        places = {_storage(x): (i, 0) for i, x in enumerate(tensors) if x is not None}
+        scratch = 0  # bytes
+        for x, _ in self._memory:
+            if _storage(x) not in places:
+                places[_storage(x)] = len(tensors), scratch
+                scratch += cdiv(max(x.numel(), 1) * x.element_size(), 256) * 256
+        for launch in self.launches:
+            for place, x in enumerate(launch.values):
+                if isinstance(x, Tensor):
+                    number, start = places[_storage(x)]
+                    launch.pointers.append((place, number, start + x.storage_offset() * x.element_size()))
+        self._sources = [places[_storage(x)][0] for x, _ in self._copies]
+        self._sizes = [(tuple(x.shape), x.stride(), x.dtype) for x, _ in own]
+        if scratch:
+            self._sizes.append(((scratch,), (1,), torch.uint8))
+        self._zeros = [places[_storage(x)][0] for x, zero in own if zero]
+        self._results = [None if x is None else places[_storage(x)][0] for x in outputs]
+
+    def replay(self, tensors: list[Tensor | None], pointers: list[int]) -> Any:
+        """Does it all for inputs and their addresses, and returns what the function returns; appends to both lists."""
+        for i in self._sources:
+            tensors.append(tensors[i].contiguous())
+            pointers.append(tensors[-1].data_ptr())
+        for size in self._sizes:
+            x = self._empty(*size)
+            tensors.append(x)
+            pointers.append(x.data_ptr())
+        for i in self._zeros:
+            tensors[i].zero_()
+        if INTERPRETING:
+            for launch in self.launches:
+                launch.run(tensors)
+        else:
+            self._launch(tensors, pointers)
+        if self._is_tuple:
+            return tuple([None if i is None else tensors[i] for i in self._results])
+        return tensors[self._results[0]]
+
+    def _launch(self, tensors: list[Tensor | None], pointers: list[int]) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        runtime = triton.knobs.runtime
+        hooked = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # a profiler wants to see launches
+        for launch in self.launches:
+            compiled = launch.compiled
+            if compiled is None or hooked:
+                launch.run(tensors)
+                continue
+            values = launch.values.copy()
+            for place, number, start in launch.pointers:
+                values[place] = pointers[number] + start
+            compiled.run(*launch.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+_RECORDS: dict[tuple, Record] = {}
+
+
+def run(
+    function: Callable, tensors: Sequence[Tensor | None], options: tuple = (), check: Callable | None = None
+) -> Any:
+    """What ``function(record, *tensors, *options)`` returns: see ``Record``.
+
+    All tensors must be on one device. ``check(*tensors, *options)`` raises an error for what cannot be; it is called
+    where no such tensors and options were met before.
+    """
+    try:
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+    except AttributeError:  # what is no tensor
+        if check is not None:
+            check(*tensors, *options)
+        raise
+    kinds = [None if x is None else (x.dtype, x.shape, x.stride(), device := x.get_device()) for x in tensors]
+    signature = (function, options, *kinds, *[pointer & 15 for pointer in pointers])
+    record = _RECORDS.get(signature)
+    if record is None:
+        if check is not None:
+            check(*tensors, *options)
+        if len(_RECORDS) >= 4096:  # images of ever new sizes must not fill the memory
+            _RECORDS.clear()
+        place = next(x.device for x in tensors if x is not None)
+        record = _RECORDS[signature] = Record(function, tensors, options, place)
+    if INTERPRETING or device == torch.cuda.current_device():
+        return record.replay(list(tensors), pointers)
+    with torch.cuda.device(device):  # where memory comes from, and Triton launches
+        return record.replay(list(tensors), pointers)
+
+
+def as_outputs(tensors: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An operator's outputs are tensors: one that is None has no elements."""
+    return tuple(like.new_empty(0) if x is None else x for x in tensors)
+
+
+def define_operator(
+    schema: str, function: Callable, fake: Callable, backward: Callable | None = None, setup: Callable | None = None
+) -> torch._ops.OpOverload:
+    """Defines an operator of ``torch.library``, which calls the function at once, unlike what ``custom_op`` makes."""
+    name, arguments = " ".join(schema.split()).split("(", 1)
+    qualified = f"flash_bla::{name}"
+    torch.library.define(qualified, f"({arguments}", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(qualified, "default", function)
+    torch.library.register_fake(qualified, fake)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup)
+    return getattr(torch.ops.flash_bla, name).default
 
 
 def precision(dtype: torch.dtype, hip: bool = torch.version.hip is not None) -> dict:

@@ -18,10 +18,11 @@ from flash_bla.ops import triton_depthwise_conv as conv
 from flash_bla.ops import triton_kernels as kernels
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
-from flash_bla.ops import triton_norm_ratios as ratios
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_support as support
 from flash_bla.ops.triton_column_sums import column_sums
+from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios
+from flash_bla.ops.triton_support import Record, cdiv
 
 silu_gate = sys.modules["flash_bla.ops.silu_gate"]  # the package has a function of that name
 
@@ -51,71 +52,63 @@ VARIANTS = {
 OF_ONE_TARGET = ("unnormalized", "relu", "rope", "softmax", "focusing", "decoupled")
 
 
-def problem(variant, dtype, D, N):
+def linear(variant, dtype, D, N):
+    """Forward and backward pass of linear attention."""
     B, H = 2, 3
     variant = dict(variant)
     x = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     decoupled = x(B, H, N, D, dtype=dtype) if variant.pop("decoupled", False) else None
-    table = (
-        x(H, N, D // 2, 2, dtype=torch.float16 if dtype == torch.bfloat16 else torch.float32)
-        if variant.pop("rope", False)
-        else None
-    )
+    half = torch.float16 if dtype == torch.bfloat16 else torch.float32
+    rope = x(H, N, D // 2, 2, dtype=half) if variant.pop("rope", False) else None
     weight = x(B, H, N) if variant.pop("weight", False) else None
     parameter = x(H, D) if variant.pop("parameter", False) else None
-    options = dict(cu_seqlens=None, max_seqlen=N, feature_map=None, exponent=1, normalize=True, scale=None, eps=1e-6,
-                   softmax=False) | variant  # fmt: skip
+    options = dict(max_seqlen=N, feature_map=None, exponent=1, normalize=True, scale=None, eps=1e-6, softmax=False)
+    cu_seqlens = variant.pop("cu_seqlens", None)
+    options = tuple((options | variant).values())
     q, k, v = x(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    return module._Problem(q, k, v, decoupled, decoupled, parameter, weight, table, **options)
-
-
-def launches(modules, run):
-    """The arguments with which a function calls the kernels of modules."""
-    calls = []
-    call = support.call
-    for where in modules:
-        where.call = lambda kernel, grid, arguments, num_warps=4, **options: calls.append(
-            (kernel, arguments, dict(num_warps=num_warps) | options)
-        )
-    try:
-        run()
-    finally:
-        for where in modules:
-            where.call = call
-    return calls
-
-
-def linear(variant, dtype, D, N):
-    """Forward and backward pass of linear attention."""
-    p = problem(variant, dtype, D, N)
-    p = p._replace(v=p.v[..., : module.widest_values(p.q, p.signs)])
-    o, *saved = module._forward(*p[:-1])
-    module._backward(o, *saved, True, *p[:-1])
+    v = v[..., : module.widest_values(q, 2 if variant["feature_map"] == "signed_power" else 1)]
+    tensors = q, k, v, decoupled, decoupled, parameter, weight, rope, cu_seqlens
+    focusing = variant["feature_map"] == "focusing_power"
+    ratios = x(B, 2 * N) if focusing else None
+    do, state = x(B, N, H, v.shape[3], dtype=dtype).transpose(1, 2), x(B, H, 2, v.shape[3] + 3, D)
+    yield Record(module.record_forward, (ratios, *tensors), (options, True))
+    yield Record(module.record_backward, (do, state, ratios, *tensors), (options, True))
+    if focusing:
+        yield Record(norm_ratios, (q, k, parameter), (3,))
+        terms, dr = x(1000, H, D), x(B, H, N)
+        yield Record(add_ratio_gradients, (q, k, terms, dr, dr, q, k, parameter), (3,))
 
 
 def piecewise_sparse(dtype, D, block_size):
-    q, k, v = torch.empty((2, 100, 3, 3, D), dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
-    _, k_mean, v_mean, slope, _ = sparse.block_statistics._init_fn(q, k, v, block_size, True)
-    choice = sparse.choose._init_fn(k_mean @ k_mean.mT, 1, 100, block_size)
-    sparse.attend._init_fn(q, k, v, k_mean, v_mean, slope, *choice, block_size, D**-0.5)
+    x = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    B, H, N = 2, 3, 100
+    q, k, v = x(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    blocks = cdiv(N, block_size)
+    padded = cdiv(blocks, sparse.PADDING) * sparse.PADDING
+    mean, slope = x(B, H, padded, D, dtype=dtype), x(B, H, D, D, dtype=dtype)
+    chosen, log_size = x(B, H, blocks, 1, dtype=torch.int32), x(B, H, blocks, padded)
+    yield Record(sparse.record_statistics, (q, k, v), (block_size, True))
+    yield Record(sparse.record_choice, (x(B, H, blocks, blocks),), (1, N, block_size))
+    tensors = q, k, v, mean, mean, slope, x(B, H, 1, 1), chosen, log_size
+    yield Record(sparse.record_attention, tensors, (block_size, D**-0.5))
 
 
 def depthwise_conv(dtype, D):
     """Forward and backward pass, with an activation, which brings every kernel."""
     x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 56, D), (D, 1, 3, 3)))
-    arguments = (x, weight, None, None, None, 7, 8, 1, False, "gelu", None)
-    y = conv._forward(*arguments)
-    conv._backward(y, [True, True, False, False, False], *arguments)
+    options = 7, 8, 1, False, "gelu", None
+    yield Record(conv.record_forward, (x, weight, None, None, None), options)
+    yield Record(conv.record_backward, (x, x, weight, None, None, None), ((True, True, False, False, False), *options))
 
 
 def around_attention(dtype, D):
     """Forward and backward pass of layer norm and gate, and the gradient of a bias."""
     x, weight = torch.empty((128, D), dtype=dtype, device="meta"), torch.empty(D, device="meta")
-    layer_norm.layer_norm_forward(x, x, weight, weight, 1e-5, 0.01, dtype)
-    layer_norm.layer_norm_backward(x, x, x, weight, weight, 1e-5, 0.01, True)
-    silu_gate._launch(silu_gate.gate_kernel, dict(x_ptr=x, gate_ptr=x, y_ptr=x))
-    silu_gate._launch(silu_gate.gate_gradient_kernel, dict(dy_ptr=x, x_ptr=x, gate_ptr=x, dx_ptr=x, d_gate_ptr=x))
-    column_sums(x)
+    yield Record(layer_norm.record_forward, (x, x, weight, weight), (1e-5, 0.01, dtype))
+    yield Record(layer_norm.record_backward, (x, x, x, weight, weight), (1e-5, 0.01, True))
+    yield Record(silu_gate.record_forward, (x, x))
+    yield Record(silu_gate.record_backward, (x, x, x))
+    yield Record(column_sums, (x,))
 
 
 def kind(value):
@@ -124,7 +117,8 @@ def kind(value):
     return TYPES[value.dtype] if isinstance(value, torch.Tensor) else TYPES[type(value)]
 
 
-def compile_launch(kernel, arguments, options, target, precision):
+def compile_launch(launch, target, precision):
+    kernel, arguments = launch.kernel, dict(zip(launch.kernel.arg_names, launch.values, strict=True))
     if "PRECISION" in arguments and target.backend == "hip":
         arguments |= {"PRECISION": precision["PRECISION"]}
     signature, constants, aligned = {}, {}, {}
@@ -144,7 +138,7 @@ def compile_launch(kernel, arguments, options, target, precision):
                 elif stride % 16 == 0:
                     aligned[(i, j)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = support.launch_options(**options, hip=target.backend == "hip")
+    options = support.launch_options(**launch.options, hip=target.backend == "hip")
     return triton.compile(source, target=target, options=options)
 
 
@@ -161,12 +155,12 @@ def main(targets):
     runs = []
     for label, dtype, D, N in cases:
         what = f"{label}, D={D}, N={N}, {dtype}"
-        runs.append((what, dtype, (module, ratios), partial(linear, VARIANTS[label], dtype, D, N)))
+        runs.append((what, dtype, partial(linear, VARIANTS[label], dtype, D, N)))
     for dtype, D, block in ((torch.bfloat16, 128, 64), (torch.float16, 64, 128), (torch.float32, 128, 64)):
         what = f"blocks of {block}, D={D}, {dtype}"
-        runs.append((what, dtype, (sparse,), partial(piecewise_sparse, dtype, D, block)))
+        runs.append((what, dtype, partial(piecewise_sparse, dtype, D, block)))
     for run in (depthwise_conv, around_attention):
-        runs.append((f"C=64, {torch.bfloat16}", torch.bfloat16, (support,), partial(run, torch.bfloat16, 64)))
+        runs.append((f"C=64, {torch.bfloat16}", torch.bfloat16, partial(run, torch.bfloat16, 64)))
     for name in targets:
         target, limit = TARGETS[name]
         # as an import on such a machine does
@@ -176,13 +170,13 @@ def main(targets):
             support.rounded_positive_part if hip else support.fast_rounded_positive_part
         )
         most, count = (0, ""), 0
-        for label, dtype, where, run in runs:
+        for label, dtype, run in runs:
             if name != "sm_90" and label.split(",")[0] in OF_ONE_TARGET:
                 continue
-            for kernel, arguments, options in launches(where, run):
-                precision = support.precision(dtype, hip=target.backend == "hip")
-                shared = compile_launch(kernel, arguments, options, target, precision).metadata.shared / 1024
-                what = f"{kernel.__name__}, {label}"
+            precision = support.precision(dtype, hip=hip)
+            for launch in [launch for record in run() for launch in record.launches]:
+                shared = compile_launch(launch, target, precision).metadata.shared / 1024
+                what = f"{launch.kernel.__name__}, {label}"
                 assert shared <= limit, f"{name}: {what} needs {shared:.0f} KiB of shared memory of {limit}"
                 most, count = max(most, (shared, what)), count + 1
         print(f"{name}: {count} kernels, at most {most[0]:.0f} of {limit} KiB of shared memory ({most[1]})", flush=True)

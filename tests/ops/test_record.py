@@ -1,0 +1,70 @@
+"""Operators called again: what was recorded for tensors of one kind must serve others of it, and no other kind."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from flash_bla.ops import add_layer_norm, depthwise_conv, linear_attention, silu_gate
+from flash_bla.ops.triton_support import HAS_TRITON
+from tests.ops.cases import DEVICE
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+
+# a function of x (2, 4, 32) in any layout, and how many leaves it has besides
+OPERATORS = {
+    "attention": (lambda x, backend: linear_attention(*[x.unflatten(2, (2, 16)).transpose(1, 2)] * 3,
+                                                      feature_map="elu1", backend=backend), 0),
+    "conv": (lambda x, w, b, backend: depthwise_conv(x, (2, 2), w.expand(32, 9).reshape(32, 1, 3, 3), b,
+                                                     activation="silu", gate=x, backend=backend), 2),
+    "norm": (lambda x, w, b, backend: sum(add_layer_norm(x, w.flatten(), b, 1e-5, add=x, backend=backend)), 2),
+    "gate": (lambda x, backend: silu_gate(x, x, backend=backend), 0),
+}  # fmt: skip
+
+
+def layouts(dtype):
+    """The same kind twice, another stride, another alignment, another order of dimensions."""
+    randn = lambda *shape: torch.randn(shape, device=DEVICE).to(dtype)  # noqa: E731
+    yield from (randn(2, 4, 32), randn(2, 4, 32))
+    yield randn(2, 4, 64)[..., 32:]
+    yield from (randn(2 * 4 * 32 + offset)[offset:].view(2, 4, 32) for offset in (1, 2, 8))
+    yield randn(2, 32, 4).transpose(1, 2)
+    yield randn(1, 4, 32).expand(2, -1, -1)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_again_in_another_layout(name):
+    function, others = OPERATORS[name]
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+        for x in layouts(dtype) if dtype == torch.float32 else [next(layouts(dtype))]:
+            leaves = [x, *(torch.randn(32, *[1] * (others - 1 - i), device=DEVICE) for i in range(others))]
+            results = []
+            for backend, to in (("triton", None), ("reference", torch.float64)):
+                values = [y.detach().to(to or y.dtype).requires_grad_() for y in leaves]
+                y = function(*values, backend=backend)
+                results.append([y.detach(), *torch.autograd.grad(y, values, y.detach() * 0.5)])
+            for got, want in zip(*results, strict=True):
+                assert got.shape == want.shape and (got.double() - want).norm() <= tolerance * want.norm()
+
+
+def test_nothing_is_kept():
+    x = torch.randn(2, 4, 32, device=DEVICE, requires_grad=True)
+    y = silu_gate(x, x, backend="triton")
+    kept = weakref.ref(x), weakref.ref(y)
+    del x, y
+    gc.collect()
+    assert [reference() for reference in kept] == [None, None]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_of_gradients_are_refused(name):
+    function, others = OPERATORS[name]
+    leaves = [torch.rand(2, 4, 32, device=DEVICE), *(torch.rand(32, 1, device=DEVICE) for _ in range(others))]
+    if others:
+        leaves[-1] = leaves[-1].flatten()
+    leaves = [x.requires_grad_() for x in leaves]
+    (gradient, *_) = torch.autograd.grad(function(*leaves, backend="triton").square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
