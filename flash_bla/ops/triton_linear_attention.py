@@ -12,7 +12,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
 from flash_bla.ops.triton_kernels import (
-    Config,
     backward_kernel,
     forward_kernel,
     key_gradient_kernel,
@@ -26,6 +25,7 @@ from flash_bla.ops.triton_kernels import (
 from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios, ratio_gradient_programs
 from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
 from flash_bla.ops.triton_support import call, cdiv, is_eager, multiprocessors, power_of_two, precision
+from flash_bla.ops.triton_tiles import Config
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
