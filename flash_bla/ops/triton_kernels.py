@@ -24,7 +24,7 @@ and their states are the diagonal blocks of one matrix whose other blocks are ze
 ``signed_power`` has features of two signs, φ(x) and φ(-x) ("SIGNED"). The first half of the values' columns sees
 [φ(q), φ(-q)], the second half [φ(-q), φ(q)]. So o = φ(q) S₊ + φ(-q) S₋, where S₊ holds the sums over φ(k) in the first
 half of its columns and those over φ(-k) in the second, and S₋ the others. Registers cannot hold what the queries'
-gradients and the sums dS need at a time: two programs beside each other share that work (``query_gradient_kernel``).
+gradients and the sums dS need at a time: each has a launch of its own (``query_gradient_kernel``).
 
 With ``SOFTMAX`` the keys' weights are w = M softmax(D^-0.5 · mean(φ(q)) · φ(k)). The queries are summed first
 (``query_sum_kernel``); the keys' sums then keep a running maximum, and ``merge_kernel`` puts those of splits together.
@@ -235,11 +235,7 @@ def query_gradient_kernel(
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one split of the queries, its sums for the keys' gradients, and the values' mean.
-
-    Registers cannot hold both of ``SIGNED``: programs beside each other (axis 2) share the work, and what they read is
-    in the cache for the second.
-    """
+    """The gradients of one split of the queries, its sums for the keys' gradients, and the values' mean."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = _share(count, C)
     at = sequence * heads + head
@@ -253,36 +249,17 @@ def query_gradient_kernel(
         if tl.program_id(1) == 0:
             hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
             tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
-    if C.SIGNED and SUMS and GRADIENT:
-        if tl.program_id(2) == 0:
-            d_plus, d_minus, dz_plus, dz_minus, _ = differentiate_queries(
-                q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-                rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus,
-                z_minus, mean, d_mean, batch, head, heads, first, begin, end, eps,
-                PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C, True, False,
-            )  # fmt: skip
-            at = _split_at(sequence, heads, C) + head
-            _store_state(d_state_ptr, at, head, heads, d_plus, d_minus, dz_plus, dz_minus, C)
-        else:
-            _, _, _, _, da = differentiate_queries(
-                q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-                rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus,
-                z_minus, mean, d_mean, batch, head, heads, first, begin, end, eps,
-                PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C, False, True,
-            )  # fmt: skip
-            _store_parameter_gradient(da_ptr, _split_at(sequence, heads, C) + head, head, heads, da, C)
-    else:
-        d_plus, d_minus, dz_plus, dz_minus, da = differentiate_queries(
-            q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-            rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus,
-            z_minus, mean, d_mean, batch, head, heads, first, begin, end, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION,
-            C, SUMS, GRADIENT,
-        )  # fmt: skip
-        at = _split_at(sequence, heads, C) + head
-        if SUMS:
-            _store_state(d_state_ptr, at, head, heads, d_plus, d_minus, dz_plus, dz_minus, C)
-        if C.SIGNED and GRADIENT:
-            _store_parameter_gradient(da_ptr, at, head, heads, da, C)
+    d_plus, d_minus, dz_plus, dz_minus, da = differentiate_queries(
+        q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
+        rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus,
+        z_minus, mean, d_mean, batch, head, heads, first, begin, end, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION,
+        C, SUMS, GRADIENT,
+    )  # fmt: skip
+    at = _split_at(sequence, heads, C) + head
+    if SUMS:
+        _store_state(d_state_ptr, at, head, heads, d_plus, d_minus, dz_plus, dz_minus, C)
+    if C.SIGNED and GRADIENT:
+        _store_parameter_gradient(da_ptr, at, head, heads, da, C)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)

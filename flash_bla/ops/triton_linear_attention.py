@@ -252,25 +252,25 @@ def _warps(C: Config) -> int:
     return 4 if C.BLOCK_D * C.BLOCK_DV * (2 if C.SIGNED else 1) <= 8192 else 8
 
 
-def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1, roles: int = 1) -> None:
+def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None:
     C, tuning = problem.plan(kernel)
     programs = problem.programs(C)
     if programs > 0:
         places = tuning.resident * multiprocessors(problem.q.device) if tuning.persistent else programs
         # a loop of one tile needs no pipeline
         num_stages = tuning.num_stages if tuning.persistent or problem.longest > C.BLOCK_N else 1
-        grid = (min(programs, places), splits, roles)
+        grid = (min(programs, places), splits, 1)
         arguments = arguments | dict(C=C, programs=programs)
         call(kernel, grid, arguments, _warps(C), num_stages=num_stages, maxnreg=tuning.maxnreg)
 
 
-def _split(kernel, problem: _Problem, length: int, roles: int = 1) -> int:
+def _split(kernel, problem: _Problem, length: int) -> int:
     """Into how many parts to cut sequences so that a kernel's programs fill all multiprocessors once."""
     C, tuning = problem.plan(kernel)
     if problem.cu_seqlens is not None:
         length = problem.max_seqlen
     places = tuning.resident * multiprocessors(problem.q.device)
-    return max(1, min(places // max(problem.programs(C) * roles, 1), cdiv(length, C.BLOCK_N), 65535))
+    return max(1, min(places // max(problem.programs(C), 1), cdiv(length, C.BLOCK_N), 65535))
 
 
 def _fits(kernel, problem: _Problem) -> bool:
@@ -288,10 +288,12 @@ def _reduce(partial: Tensor) -> Tensor:
     if partial.shape[0] == 1 or partial.numel() == 0:
         return partial[0]
     total = torch.empty_like(partial[0])
+    splits = partial.shape[0]
+    block = 128 if splits <= 64 else 16
     arguments = dict(
-        partial_ptr=partial, sum_ptr=total, length=total.numel(), splits=partial.shape[0], BLOCK=128, SPLITS=16
+        partial_ptr=partial, sum_ptr=total, length=total.numel(), splits=splits, BLOCK=block, SPLITS=2048 // block
     )
-    call(reduce_kernel, (cdiv(total.numel(), 128), 1, 1), arguments)
+    call(reduce_kernel, (cdiv(total.numel(), block), 1, 1), arguments)
     return total
 
 
@@ -383,8 +385,8 @@ def _backward(
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
     whole = keys and _fits(backward_kernel, p)
-    roles = 2 if p.signs == 2 and keys and not whole else 1  # see query_gradient_kernel
-    query_splits = 1 if whole else _split(query_gradient_kernel, p, q.shape[2], roles)
+    apart = keys and (softmax or p.signs == 2)  # the queries' gradients are a launch after their sums
+    query_splits = 1 if whole else _split(query_gradient_kernel, p, q.shape[2])
     key_splits = _split(key_gradient_kernel, p, k.shape[2]) if keys and not whole else 0
     # the parameter's gradient: rows of queries, of keys, and of the norm ratios
     sizes = [p.sequences if focusing else query_splits * p.sequences, 0 if focusing else key_splits * p.sequences]
@@ -408,12 +410,11 @@ def _backward(
         )  # fmt: skip
         if softmax:
             arguments["d_mean_ptr"] = q.new_empty((key_splits, *q.shape[:2], q.shape[3]), dtype=torch.float32)
-        constants = dict(SUMS=keys, GRADIENT=not softmax)
-        _launch(query_gradient_kernel, p, arguments | constants, query_splits, roles)
+        _launch(query_gradient_kernel, p, arguments | dict(SUMS=keys, GRADIENT=not apart), query_splits)
         if keys:
             outputs = dict(d_state_ptr=_reduce(arguments["d_state_ptr"]), da_ptr=da_queries if focusing else da_keys)
             _launch(key_gradient_kernel, p, arguments | outputs, key_splits)
-        if softmax:  # the keys' weights depend on all queries
+        if apart:  # registers cannot hold both, or the keys' weights depend on all queries
             _launch(query_gradient_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
     if focusing:
         add_ratio_gradients(dq, da_query_ratios, dwq, True, q, parameter, exponent)
@@ -424,7 +425,7 @@ def _backward(
             dwk = dwk * ratios[:, None, q.shape[2] :]
     if key_weight is None:
         dwk = q.new_empty(0)
-    return dq, dk, dv, dqd, dkd, da.sum(0) if parameter is not None else da, dwk
+    return dq, dk, dv, dqd, dkd, _reduce(da) if parameter is not None else da, dwk
 
 
 linear_attention_backward = torch.library.custom_op("flash_bla::linear_attention_backward", _backward, mutates_args=())

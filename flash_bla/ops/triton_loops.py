@@ -23,8 +23,11 @@ from flash_bla.ops.triton_tiles import (
     _of_sign,
     _offsets,
     _operands,
+    _repeated,
     _rounded_if_few,
     _signed_denominators,
+    _signed_operand,
+    _signed_vector_operands,
     _signs,
     _start,
     _store_weight,
@@ -32,7 +35,7 @@ from flash_bla.ops.triton_tiles import (
     _swap_halves,
     _to_columns,
     _to_product_layout,
-    _to_value_columns,
+    _times_halves,
     _turn,
     _vector_operand,
     _vector_product,
@@ -147,7 +150,7 @@ def write_output(
     plus = tl.trans(plus.to(OPERAND))
     if C.SIGNED:
         minus = tl.trans(minus.to(OPERAND))
-        z_plus, z_minus = z_plus[None, :], z_minus[None, :]
+        z = _signed_vector_operands(z_plus, z_minus, OPERAND, C)
     elif C.NORMALIZE:
         z = _vector_operand(z_plus, C.D, C.BLOCK_D, OPERAND, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
@@ -171,8 +174,8 @@ def write_output(
         o = tl.dot(phi_plus, plus, input_precision=PRECISION)
         if C.SIGNED:
             o = tl.dot(phi_minus, minus, o, input_precision=PRECISION)
-            first_half, second_half = _signed_denominators(phi, z_plus, z_minus, eps, C)
-            o *= _to_value_columns(1.0 / first_half, 1.0 / second_half, C)
+            first_half, second_half = _signed_denominators(phi_plus, phi_minus, z, eps, PRECISION, C)
+            o = _times_halves(o, 1.0 / first_half, 1.0 / second_half, C)
         elif C.NORMALIZE:
             denominator = phi.to(OPERAND)
             if C.DECOUPLED:
@@ -218,7 +221,8 @@ def differentiate_queries(
     if C.SIGNED:
         minus = minus.to(OPERAND)
         identity_v = _identity(C.BLOCK_DV, OPERAND, OPERAND)
-        z_minus = z_minus[None, :]
+        z = _signed_vector_operands(z_plus, z_minus, OPERAND, C)
+        negative_mean = _vector_operand(-eps * mean, C.DV, C.BLOCK_DV, OPERAND, C)
     elif C.CENTER:
         mean_operand = _vector_operand(mean, C.DV, C.BLOCK_DV, OPERAND, C)
     z_plus = z_plus[None, :]
@@ -256,28 +260,31 @@ def differentiate_queries(
             # the two halves of the values' columns have denominators of their own: dn itself is needed
             one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
             phi_plus, phi_minus = _operands(phi, None, OPERAND, C)
-            first_half, second_half = _signed_denominators(phi, z_plus, z_minus, one, C)
-            inverse = _to_value_columns(1.0 / first_half, 1.0 / second_half, C)
-            dn = _to_product_layout(do, identity_v, OPERAND) * inverse
+            first_half, second_half = _signed_denominators(phi_plus, phi_minus, z, one, PRECISION, C)
+            dn = _to_product_layout(do, identity_v, OPERAND)
+            dn = _times_halves(dn, 1.0 / first_half, 1.0 / second_half, C)
             dn_operand = dn.to(OPERAND)
             if SUMS:
                 d_plus = tl.dot(tl.trans(dn_operand), phi_plus, d_plus, input_precision=PRECISION)
                 d_minus = tl.dot(tl.trans(dn_operand), phi_minus, d_minus, input_precision=PRECISION)
-            o = tl.dot(phi_plus, tl.trans(plus), input_precision=PRECISION)
+            o = _repeated(negative_mean, PRECISION, C)
+            o = tl.dot(phi_plus, tl.trans(plus), o, input_precision=PRECISION)
             o = tl.dot(phi_minus, tl.trans(minus), o, input_precision=PRECISION)
-            weights = (eps * mean[None, :] - o) * dn
+            weights = o * dn
             is_first = _first_half(C)[None, :]
             weight, other = _both_by_head(tl.where(is_first, weights, 0.0), tl.where(is_first, 0.0, weights), C.DV, C)
-            weight, other = _to_columns(weight / first_half, C.D, C), _to_columns(other / second_half, C.D, C)
+            weight, other = -weight / first_half, -other / second_half
+            if GRADIENT:
+                operand = _signed_operand(weight, other, OPERAND, C)
+                d_phi = tl.dot(operand, tl.trans(z[0]), input_precision=PRECISION)
+                d_phi = tl.dot(dn_operand, plus, d_phi, input_precision=PRECISION)
+                d_phi_minus = tl.dot(operand, tl.trans(z[1]), input_precision=PRECISION)
+                d_phi_minus = tl.dot(dn_operand, minus, d_phi_minus, input_precision=PRECISION)
+                d_phi = _of_sign(q, d_phi, d_phi_minus)
             if SUMS:
+                weight, other = _to_columns(weight, C.D, C), _to_columns(other, C.D, C)
                 dz_plus += _by_eighth((weight + other) * tl.abs(phi), C)  # of z₊ + z₋
                 dz_minus += _by_eighth((weight - other) * phi, C)  # of z₊ - z₋
-            if GRADIENT:
-                d_phi = tl.dot(dn_operand, plus, input_precision=PRECISION)
-                d_phi_minus = tl.dot(dn_operand, minus, input_precision=PRECISION)
-                d_phi += weight * z_plus + other * z_minus
-                d_phi_minus += weight * z_minus + other * z_plus
-                d_phi = _of_sign(q, d_phi, d_phi_minus)
         elif C.NORMALIZE:
             denominator = phi
             if C.DECOUPLED:
@@ -365,8 +372,10 @@ def differentiate_keys(
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
-        scale = one
-    if C.SOFTMAX:
+        if not C.SOFTMAX:
+            d_plus, d_minus, dz_plus, dz_minus = d_plus * one, d_minus * one, dz_plus * one, dz_minus * one
+        scale, one = 1.0, 1.0
+    elif C.SOFTMAX:
         scale, one = scale / one, 1.0
     d_plus, d_minus = _swap_halves(d_plus, d_minus, C)
     d_plus = d_plus.to(OPERAND)
@@ -374,7 +383,9 @@ def differentiate_keys(
     dz_plus = ((dz_plus - tl.sum(mean[:, None] * d_plus.to(tl.float32), 0)) * one)[None, :]
     if C.SIGNED:
         d_minus = d_minus.to(OPERAND)
-        dz_minus = ((dz_minus - tl.sum(mean[:, None] * d_minus.to(tl.float32), 0)) * one)[None, :]
+        dz_minus = ((dz_minus - tl.sum(mean[:, None] * d_minus.to(tl.float32), 0)) * one)
+        dz_plus = _vector_operand(tl.reshape(dz_plus, C.BLOCK_D), C.D, C.BLOCK_D, OPERAND, C)
+        dz_minus = _vector_operand(dz_minus, C.D, C.BLOCK_D, OPERAND, C)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     d_mean = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
@@ -401,12 +412,14 @@ def differentiate_keys(
         if C.SIGNED:
             dv = tl.dot(phi_minus, tl.trans(d_minus), dv, input_precision=PRECISION)
         tl.store(dv_ptr + dv_tile, (dv * scale).to(dv_ptr.dtype.element_ty), mask=v_mask)
-        d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
+        if C.SIGNED:
+            d_phi = tl.dot(v, d_plus, _repeated(dz_plus, PRECISION, C), input_precision=PRECISION)
+            d_phi_minus = tl.dot(v, d_minus, _repeated(dz_minus, PRECISION, C), input_precision=PRECISION)
+            d_phi = _of_sign(k, d_phi, d_phi_minus)
+        else:
+            d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
         if C.ROPE:
             d_phi = _turn(d_phi, cos, -sin, C)
-        if C.SIGNED:
-            d_phi_minus = tl.dot(v, d_minus, input_precision=PRECISION) * scale
-            d_phi = _of_sign(k, d_phi + dz_plus, d_phi_minus + dz_minus)
         if C.DECOUPLED:
             d_denominator = tl.broadcast_to(dz_plus, C.BLOCK_N, C.BLOCK_D)
             tl.store(dkd_ptr + dkd_tile, d_denominator.to(dkd_ptr.dtype.element_ty), mask=mask)

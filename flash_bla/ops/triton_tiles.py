@@ -404,14 +404,27 @@ def _center(plus, minus, z_plus, z_minus, C: tl.constexpr):
 def _vector_operand(x, D: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr):
     """The matrix (BLOCK, 16) of a vector of BLOCK elements, D for each head."""
     PARTS: tl.constexpr = 16 // C.GROUP
-    column = tl.arange(0, 16)
-    x = x[:, None] + _zeros(1, 16)
+    return _vector_columns(x[:, None] + _zeros(1, 16), tl.arange(0, 16) % PARTS, D, BLOCK, OPERAND, C)
+
+
+@jit
+def _vector_columns(x, part, D: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr):
+    PARTS: tl.constexpr = 16 // C.GROUP
     if C.GROUP > 1:
-        x = tl.where((tl.arange(0, BLOCK) // D)[:, None] == (column // PARTS)[None, :], x, 0.0)
+        x = tl.where((tl.arange(0, BLOCK) // D)[:, None] == (tl.arange(0, 16) // PARTS)[None, :], x, 0.0)
     rounded = x.to(OPERAND)
     rest = (x - rounded.to(tl.float32)).to(OPERAND)
-    part = (column % PARTS)[None, :]
-    return tl.where(part == 0, rounded, tl.where(part == 1, rest, 0.0))
+    return tl.where((part == 0)[None, :], rounded, tl.where((part == 1)[None, :], rest, 0.0))
+
+
+@jit
+def _signed_vector_operands(z_plus, z_minus, OPERAND: tl.constexpr, C: tl.constexpr):
+    """The matrices (BLOCK_D, 16) that φ(x) and φ(-x) are to be multiplied with, with columns (head, part, half)."""
+    column = tl.arange(0, 16)
+    first, part = (column % 2 == 0)[None, :], column % (16 // C.GROUP) // 2
+    z_plus, z_minus = z_plus[:, None], z_minus[:, None]
+    plus = _vector_columns(tl.where(first, z_plus, z_minus), part, C.D, C.BLOCK_D, OPERAND, C)
+    return plus, _vector_columns(tl.where(first, z_minus, z_plus), part, C.D, C.BLOCK_D, OPERAND, C)
 
 
 @jit
@@ -425,18 +438,32 @@ def _vector_product(x, operand, PRECISION: tl.constexpr, C: tl.constexpr):
 
 
 @jit
-def _to_value_columns(first, second, C: tl.constexpr):
-    """A number for each head and half to the values' columns."""
-    if C.SIGNED:
-        return tl.where(_first_half(C)[None, :], _to_columns(first, C.DV, C), _to_columns(second, C.DV, C))
-    else:
-        return _to_columns(first, C.DV, C)
+def _signed_denominators(phi_plus, phi_minus, operands, eps, PRECISION: tl.constexpr, C: tl.constexpr):
+    """[φ(q), φ(-q)] · z and [φ(-q), φ(q)] · z + ε: those of the first and of the second half of the values' columns.
+
+    ``operands`` are the vectors that φ(q) and φ(-q) meet there, of ``_signed_vector_operands``.
+    """
+    products = tl.dot(phi_plus, operands[0], input_precision=PRECISION)
+    products = tl.dot(phi_minus, operands[1], products, input_precision=PRECISION)
+    first, second = tl.split(tl.reshape(products, C.BLOCK_N, C.GROUP, 8 // C.GROUP, 2))
+    return tl.sum(first, 2) + eps, tl.sum(second, 2) + eps
 
 
 @jit
-def _signed_denominators(phi, z_plus, z_minus, eps, C: tl.constexpr):
-    """[φ(q), φ(-q)] · z and [φ(-q), φ(q)] · z + ε: those of the first and of the second half of the values' columns."""
-    positive = phi > 0.0
-    equal, opposite = tl.where(positive, z_plus, z_minus), tl.where(positive, z_minus, z_plus)
-    first, second = _both_by_head(tl.abs(phi) * equal, tl.abs(phi) * opposite, C.D, C)
-    return first + eps, second + eps
+def _signed_operand(first, second, OPERAND: tl.constexpr, C: tl.constexpr):
+    """Numbers for each head and half, (rows, GROUP), as the columns (head, part, half) of an operand."""
+    x = tl.join(first, second)[:, :, None, :]
+    return tl.reshape(tl.broadcast_to(x, C.BLOCK_N, C.GROUP, 8 // C.GROUP, 2), C.BLOCK_N, 16).to(OPERAND)
+
+
+@jit
+def _repeated(operand, PRECISION: tl.constexpr, C: tl.constexpr):
+    """A tile whose rows all are the vector of ``_vector_operand``: a product, as whose sum others start for nothing."""
+    ones = tl.full((C.BLOCK_N, 16), 1.0, operand.dtype)
+    return tl.dot(ones, tl.trans(operand), input_precision=PRECISION)
+
+
+@jit
+def _times_halves(x, first, second, C: tl.constexpr):
+    """The values' columns times a number for each head and half."""
+    return tl.where(_first_half(C)[None, :], x * _to_columns(first, C.DV, C), x * _to_columns(second, C.DV, C))
