@@ -73,8 +73,8 @@ from flash_bla.ops.triton_tiles import (
 @jit
 def _scale_gradient(a_ptr, plus, z_plus, d_plus, dz_plus, head, heads, C: tl.constexpr):
     """The gradient of the focusing map's scale: by channel Σ φ dφ of queries is S dS + z dz, and so is that of keys."""
-    a = _load_parameter(a_ptr, head, heads, C)
-    return (tl.sum(plus * d_plus, 0) + z_plus * dz_plus) * tl.reshape(-2.0 * C.EXPONENT * a, C.BLOCK_D)
+    scale = tl.reshape(_load_parameter(a_ptr, head, heads, C), C.BLOCK_D)
+    return (tl.sum(plus * d_plus, 0) + z_plus * dz_plus) * (-2.0 * C.EXPONENT / scale)
 
 
 @jit

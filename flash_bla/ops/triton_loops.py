@@ -15,6 +15,7 @@ from flash_bla.ops.triton_tiles import (
     _features_backward,
     _first_half,
     _identity,
+    _load_factor,
     _load_parameter,
     _load_rope,
     _load_weight,
@@ -33,6 +34,7 @@ from flash_bla.ops.triton_tiles import (
     _store_weight,
     _sum_eighths,
     _swap_halves,
+    _times_factor,
     _to_columns,
     _to_product_layout,
     _times_halves,
@@ -82,7 +84,7 @@ def sum_keys(
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         phi_plus, phi_minus = _signs(PHI(k, a, C.EXPONENT), C)
         if C.KEY_WEIGHT:
-            w = _load_weight(wk_ptr, wk_strides, head, heads, inside, C)
+            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C.D, C)
             phi_plus *= w
             phi_minus *= w
         if C.SOFTMAX:  # sums so far are of exponentials of less a maximum that may have grown
@@ -125,7 +127,8 @@ def sum_keys(
         z_plus *= total
         scale, one = scale / one, 1.0
     plus, minus = _swap_halves(_mask_heads(plus * scale, C), _mask_heads(minus * scale, C), C)
-    return plus, minus, tl.sum(z_plus, 0) * one, tl.sum(z_minus, 0) * one, maximum
+    plus, z_plus = _times_factor(plus, tl.sum(z_plus, 0) * one, _load_factor(a_ptr, head, heads, C), C)
+    return plus, minus, z_plus, tl.sum(z_minus, 0) * one, maximum
 
 
 @jit
@@ -147,6 +150,7 @@ def write_output(
         rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
     a = _load_parameter(a_ptr, head, heads, C)
+    plus, z_plus = _times_factor(plus, z_plus, _load_factor(a_ptr, head, heads, C), C)
     plus = tl.trans(plus.to(OPERAND))
     if C.SIGNED:
         minus = tl.trans(minus.to(OPERAND))
@@ -160,11 +164,16 @@ def write_output(
         inside = n < end
         mask = inside[:, None] & exists[None, :]
         q = tl.load(q_ptr + q_tile, mask=mask, other=0.0)
-        if C.SIGNED or C.ROPE or C.QUERY_WEIGHT:  # features are used twice
+        if C.SIGNED or C.ROPE or C.PARAMETER:  # features are used twice
             q = _to_product_layout(q, identity, OPERAND)
         phi = PHI(q.to(tl.float32), a, C.EXPONENT)
+        least = eps
         if C.QUERY_WEIGHT:
-            phi *= _load_weight(wq_ptr, wq_strides, head, heads, inside, C)
+            w = _load_weight(wq_ptr, wq_strides, head, heads, inside, 1.0, C)
+            if C.NORMALIZE:
+                least = eps / w
+            else:
+                phi *= _to_columns(w, C.D, C)
         turned = phi
         if C.ROPE:
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
@@ -180,7 +189,7 @@ def write_output(
             denominator = phi.to(OPERAND)
             if C.DECOUPLED:
                 denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(OPERAND)
-            o *= _to_columns(1.0 / (_vector_product(denominator, z, PRECISION, C) + eps), C.DV, C)
+            o *= _to_columns(1.0 / (_vector_product(denominator, z, PRECISION, C) + least), C.DV, C)
         tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
         if C.DECOUPLED:
@@ -216,7 +225,9 @@ def differentiate_queries(
         rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
     a = _load_parameter(a_ptr, head, heads, C)
+    factor = _load_factor(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
+    plus, z_plus = _times_factor(plus, z_plus, factor, C)
     plus = plus.to(OPERAND)
     if C.SIGNED:
         minus = minus.to(OPERAND)
@@ -242,9 +253,13 @@ def differentiate_queries(
         do = tl.load(do_ptr + do_tile, mask=do_mask, other=0.0).to(OPERAND)
         phi = PHI(q, a, C.EXPONENT)
         unweighted = phi
+        least = eps
         if C.QUERY_WEIGHT:
-            w = _load_weight(wq_ptr, wq_strides, head, heads, inside, C)
-            phi *= w
+            w = _load_weight(wq_ptr, wq_strides, head, heads, inside, 1.0, C)
+            if C.NORMALIZE:
+                least = eps / w
+            else:
+                phi *= _to_columns(w, C.D, C)
         turned = phi
         if not C.SIGNED:
             d_phi = tl.dot(do, plus, input_precision=PRECISION)
@@ -290,15 +305,15 @@ def differentiate_queries(
             if C.DECOUPLED:
                 denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(tl.float32)
             inverse, weight = _both_by_head(denominator * z_plus, (phi if GRADIENT else turned) * d_phi, C.D, C)
-            inverse = 1.0 / (inverse + tl.where(inside, eps, 1.0)[:, None])
+            inverse = 1.0 / (inverse + tl.where(inside[:, None], least, 1.0))
             shift = inverse * 0.0
             if C.CENTER:
                 shift = _vector_product(do, mean_operand, PRECISION, C)
-                weight -= eps * shift
+                weight -= least * shift
             weight *= -inverse * inverse
             if C.QUERY_WEIGHT:
-                share = eps * inverse
-                dw = tl.where(share > LEAST, share * shift - eps * weight, 0.0)
+                share = least * inverse
+                dw = tl.where(share > LEAST, share * shift - least * weight, 0.0)
             weight = _to_columns(weight, C.D, C)
             inverse = _to_columns(inverse, C.D, C)
             if SUMS:
@@ -318,8 +333,8 @@ def differentiate_queries(
             if C.QUERY_WEIGHT:
                 if not C.NORMALIZE:
                     dw = _by_head(d_phi * phi, C.D, C)
+                    d_phi *= _to_columns(w, C.D, C)
                 _store_weight(dwq_ptr, dwq_strides, head, heads, inside, dw, C)
-                d_phi *= w
             dq, da_rows = _features_backward(q, a, unweighted, d_phi, PHI_DX, PHI_DA, C)
             if C.SIGNED:
                 da += _by_eighth(da_rows, C)  # zero where there is no row
@@ -337,6 +352,7 @@ def differentiate_queries(
     if C.SIGNED:
         dz_plus, dz_minus = 0.5 * (dz_plus + dz_minus), 0.5 * (dz_plus - dz_minus)
         da *= 0.6931471805599453
+    d_plus, dz_plus = _times_factor(d_plus, dz_plus, factor, C)
     return _mask_heads(d_plus, C), _mask_heads(d_minus, C), dz_plus, dz_minus, da
 
 
@@ -378,12 +394,13 @@ def differentiate_keys(
     elif C.SOFTMAX:
         scale, one = scale / one, 1.0
     d_plus, d_minus = _swap_halves(d_plus, d_minus, C)
+    d_plus, dz_plus = _times_factor(d_plus, dz_plus, _load_factor(a_ptr, head, heads, C), C)
     d_plus = d_plus.to(OPERAND)
     # (v - m) dSᵀ = v dSᵀ - m dSᵀ with the same rounded dS: the mean cancels although v enters the product as it is
     dz_plus = ((dz_plus - tl.sum(mean[:, None] * d_plus.to(tl.float32), 0)) * one)[None, :]
     if C.SIGNED:
         d_minus = d_minus.to(OPERAND)
-        dz_minus = ((dz_minus - tl.sum(mean[:, None] * d_minus.to(tl.float32), 0)) * one)
+        dz_minus = (dz_minus - tl.sum(mean[:, None] * d_minus.to(tl.float32), 0)) * one
         dz_plus = _vector_operand(tl.reshape(dz_plus, C.BLOCK_D), C.D, C.BLOCK_D, OPERAND, C)
         dz_minus = _vector_operand(dz_minus, C.D, C.BLOCK_D, OPERAND, C)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
@@ -398,7 +415,7 @@ def differentiate_keys(
         phi = PHI(k, a, C.EXPONENT)
         w = None
         if C.KEY_WEIGHT:
-            w = _load_weight(wk_ptr, wk_strides, head, heads, inside, C)
+            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C.D, C)
         if C.SOFTMAX:
             w = tl.exp2(_by_head(phi * query_mean, C.D, C) - logarithm)
             w = _to_columns(tl.where(inside[:, None], w, 0.0), C.D, C)

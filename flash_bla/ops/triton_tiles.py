@@ -178,12 +178,15 @@ def _to_columns(x, D: tl.constexpr, C: tl.constexpr):
 
 
 @jit
-def _load_weight(w_ptr, strides, head, heads, inside, C: tl.constexpr):
-    """Weights (rows, GROUP) to the columns of a tile."""
+def _load_weight(w_ptr, strides, head, heads, inside, other, C: tl.constexpr):
+    """Weights (rows, GROUP)."""
+    if C.GROUP == 1:  # a vector, or else all threads that share a row would load and compute with its weight
+        rows = tl.arange(0, C.BLOCK_N)
+        rows = rows.to(tl.int64) if C.WIDE else rows
+        return tl.load(w_ptr + rows * strides[2], mask=inside, other=other)[:, None]
     h = tl.arange(0, C.GROUP)
     mask = inside[:, None] & (head + h < heads)[None, :]
-    w = tl.load(w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C), mask=mask, other=0.0)
-    return _to_columns(w, C.D, C)
+    return tl.load(w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C), mask=mask, other=other)
 
 
 @jit
@@ -214,13 +217,33 @@ def _load_rope(pointers, mask, identity, OPERAND: tl.constexpr, C: tl.constexpr)
 
 @jit
 def _load_parameter(a_ptr, head, heads, C: tl.constexpr):
-    """The map's parameter for each column: the power of ``SIGNED``, or the reciprocal of the focusing map's scale."""
+    """The map's parameter for each column, (1, BLOCK_D): the power of ``SIGNED``, or the focusing map's scale."""
     if C.PARAMETER:
         h, channel, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-        a = tl.load(a_ptr + (head + h) * C.D + channel, mask=exists, other=1.0)[None, :]
-        return a if C.SIGNED else 1.0 / a
+        return tl.load(a_ptr + (head + h) * C.D + channel, mask=exists, other=1.0)[None, :]
     else:
         return 1.0
+
+
+@jit
+def _load_factor(a_ptr, head, heads, C: tl.constexpr):
+    """What the focusing map's features lack, (1, BLOCK_D): states are multiplied with it, which are smaller."""
+    if C.PARAMETER and not C.SIGNED:
+        inverse = 1.0 / _load_parameter(a_ptr, head, heads, C)
+        factor = inverse
+        for _ in tl.static_range(C.EXPONENT - 1):
+            factor = factor * inverse
+        return factor
+    else:
+        return 1.0
+
+
+@jit
+def _times_factor(state, z, factor, C: tl.constexpr):
+    if C.PARAMETER and not C.SIGNED:
+        return state * factor, z * tl.reshape(factor, C.BLOCK_D)
+    else:
+        return state, z
 
 
 @jit
