@@ -8,9 +8,9 @@ from __future__ import annotations
 from flash_bla.ops.triton_support import jit, tl
 from flash_bla.ops.triton_tiles import (
     _both_by_head,
+    _add_rows,
     _by_eighth,
     _by_head,
-    _by_sixteenth,
     _columns,
     _features_backward,
     _first_half,
@@ -25,7 +25,6 @@ from flash_bla.ops.triton_tiles import (
     _offsets,
     _operands,
     _repeated,
-    _rounded_if_few,
     _signed_denominators,
     _signed_operand,
     _signed_vector_operands,
@@ -70,8 +69,9 @@ def sum_keys(
     a = _load_parameter(a_ptr, head, heads, C)
     plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
     minus = _zeros(C.BLOCK_DV, C.BLOCK_D)
-    z_plus = _zeros(16, C.BLOCK_D)
-    z_minus = _zeros(16, C.BLOCK_D)
+    Z_ROWS: tl.constexpr = 64 if C.FEW else 16
+    z_plus = _zeros(Z_ROWS, C.BLOCK_D)
+    z_minus = _zeros(Z_ROWS, C.BLOCK_D)
     maximum = _zeros(1, C.GROUP) - 1e30
     total = _zeros(C.BLOCK_N, C.GROUP)
 
@@ -99,16 +99,16 @@ def sum_keys(
             phi_plus *= _to_columns(w, C.D, C)
         if C.DECOUPLED:
             kd = tl.load(kd_ptr + kd_tile, mask=mask, other=0.0).to(tl.float32)
-            z_plus += _by_sixteenth(kd, C)
+            z_plus = _add_rows(z_plus, kd, OPERAND, PRECISION, C)
         elif C.NORMALIZE:
-            z_plus += _by_sixteenth(_rounded_if_few(phi_plus, OPERAND, C), C)
+            z_plus = _add_rows(z_plus, phi_plus, OPERAND, PRECISION, C)
         if C.ROPE:
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, None, OPERAND, C)
             rope_ptr = _next(rope_ptr, rope_strides, C)
             phi_plus = _turn(phi_plus, cos, sin, C)
         plus = tl.dot(tl.trans(v), phi_plus.to(OPERAND), plus, input_precision=PRECISION)
         if C.SIGNED:
-            z_minus += _by_sixteenth(_rounded_if_few(phi_minus, OPERAND, C), C)
+            z_minus = _add_rows(z_minus, phi_minus, OPERAND, PRECISION, C)
             minus = tl.dot(tl.trans(v), phi_minus.to(OPERAND), minus, input_precision=PRECISION)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         if C.DECOUPLED:
@@ -116,6 +116,9 @@ def sum_keys(
         if C.KEY_WEIGHT:
             wk_ptr = _next(wk_ptr, wk_strides, C)
 
+    z_plus, z_minus = tl.sum(z_plus, 0), tl.sum(z_minus, 0)
+    if C.FEW:  # all rows are the same
+        z_plus, z_minus = z_plus / 64, z_minus / 64
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
         scale = one
@@ -124,11 +127,11 @@ def sum_keys(
         maximum += tl.log2(total)
         total = _to_columns(tl.where(total > 0.0, 1.0 / total, 0.0), C.D, C)
         plus *= total
-        z_plus *= total
+        z_plus *= tl.sum(total, 0)
         scale, one = scale / one, 1.0
     plus, minus = _swap_halves(_mask_heads(plus * scale, C), _mask_heads(minus * scale, C), C)
-    plus, z_plus = _times_factor(plus, tl.sum(z_plus, 0) * one, _load_factor(a_ptr, head, heads, C), C)
-    return plus, minus, z_plus, tl.sum(z_minus, 0) * one, maximum
+    plus, z_plus = _times_factor(plus, z_plus * one, _load_factor(a_ptr, head, heads, C), C)
+    return plus, minus, z_plus, z_minus * one, maximum
 
 
 @jit

@@ -275,12 +275,15 @@ def _of_sign(x, plus, minus):
 
 
 @jit
-def _rounded_if_few(features, OPERAND: tl.constexpr, C: tl.constexpr):
-    """What z sums. Of few tokens it must be rounded as what S sums; of many the difference averages out."""
+def _add_rows(z, features, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr):
+    """z plus the features' sums over rows: in each of 64 rows all of it for ``FEW``, and otherwise parts in 16.
+
+    Of few tokens z must sum features rounded as those that S sums; of many the difference averages out.
+    """
     if C.FEW:
-        return features.to(OPERAND).to(tl.float32)
+        return tl.dot(tl.full((64, C.BLOCK_N), 1.0, OPERAND), features.to(OPERAND), z, input_precision=PRECISION)
     else:
-        return features
+        return z + _by_sixteenth(features, C)
 
 
 @jit
