@@ -210,7 +210,7 @@ _TUNING_FOCUSING = _TUNING | {
 _TUNING_SIGNED = _TUNING | {
     state_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
     output_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
-    query_gradient_kernel: (_Tuning(32, 3, 2, 168), _Tuning(32, 2, 1, None)),
+    query_gradient_kernel: (_Tuning(32, 3, 2, 168), _Tuning(32, 2, 3, None)),
     key_gradient_kernel: (_Tuning(32, 2, 3, None), _Tuning(32, 2, 3, None)),
 }
 
@@ -289,11 +289,11 @@ def _reduce(partial: Tensor) -> Tensor:
         return partial[0]
     total = torch.empty_like(partial[0])
     splits = partial.shape[0]
-    block = 128 if splits <= 64 else 16
+    rows, columns, warps = (4, 512, 4) if splits <= 8 else (16, 128, 4) if splits <= 64 else (1024, 8, 16)
     arguments = dict(
-        partial_ptr=partial, sum_ptr=total, length=total.numel(), splits=splits, BLOCK=block, SPLITS=2048 // block
+        partial_ptr=partial, sum_ptr=total, length=total.numel(), splits=splits, BLOCK=columns, SPLITS=rows
     )
-    call(reduce_kernel, (cdiv(total.numel(), block), 1, 1), arguments)
+    call(reduce_kernel, (cdiv(total.numel(), columns), 1, 1), arguments, warps)
     return total
 
 
@@ -441,6 +441,7 @@ def _(do, state, ratios, keys, *arguments):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # of the state and the ratios, which would be written as zeros
     tensors, ctx.options = inputs[:9], inputs[9:]
     ctx.save_for_backward(*tensors, *output[1:])
 

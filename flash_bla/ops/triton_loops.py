@@ -149,6 +149,7 @@ def write_output(
         qd_ptr, qd_tile = _start(qd_ptr, qd_strides, batch, head, first + begin), _offsets(h, d, qd_strides, C)
     if C.QUERY_WEIGHT:
         wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
+        w = _load_weight(wq_ptr, wq_strides, head, heads, begin + tl.arange(0, C.BLOCK_N) < end, 1.0, C)
     if C.ROPE:
         rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
@@ -172,11 +173,13 @@ def write_output(
         phi = PHI(q.to(tl.float32), a, C.EXPONENT)
         least = eps
         if C.QUERY_WEIGHT:
-            w = _load_weight(wq_ptr, wq_strides, head, heads, inside, 1.0, C)
             if C.NORMALIZE:
                 least = eps / w
             else:
                 phi *= _to_columns(w, C.D, C)
+            # the next tile's: by itself, the compiler loads ahead only what products take
+            wq_ptr = _next(wq_ptr, wq_strides, C)
+            w = _load_weight(wq_ptr, wq_strides, head, heads, n + C.BLOCK_N < end, 1.0, C)
         turned = phi
         if C.ROPE:
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
@@ -197,8 +200,6 @@ def write_output(
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
         if C.DECOUPLED:
             qd_ptr = _next(qd_ptr, qd_strides, C)
-        if C.QUERY_WEIGHT:
-            wq_ptr = _next(wq_ptr, wq_strides, C)
 
 
 @jit
