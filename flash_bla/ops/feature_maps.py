@@ -152,7 +152,7 @@ def _elu1_dx(x, phi, a, P: tl.constexpr):
     return tl.minimum(phi, 1.0)
 
 
-# --- focusing power (the Triton functions give (scale u)ᵖ; the kernels know of the scale and of the norm ratio) --------
+# --- focusing power (the Triton functions give (scale u)ᵖ; the kernels bring in the scale and the norm ratio) ---------
 
 
 def _focusing_power(x, parameter, exponent):

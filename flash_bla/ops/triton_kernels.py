@@ -100,11 +100,14 @@ def query_sum_kernel(
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
     total = _zeros(16, C.BLOCK_D)
-    for start in range(begin, end, C.BLOCK_N):
-        inside = start + tl.arange(0, C.BLOCK_N) < end
-        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=PAD).to(tl.float32)
-        total += _by_sixteenth(PHI(q, 1.0, C.EXPONENT), C)
+    n = begin + tl.arange(0, C.BLOCK_N)
+    q = tl.load(q_ptr + q_tile, mask=(n < end)[:, None] & exists[None, :], other=PAD)
+    for _ in range(begin, end, C.BLOCK_N):
+        n += C.BLOCK_N
         q_ptr = _next(q_ptr, q_strides, C)
+        following = tl.load(q_ptr + q_tile, mask=(n < end)[:, None] & exists[None, :], other=PAD)
+        total += _by_sixteenth(PHI(q.to(tl.float32), 1.0, C.EXPONENT), C)
+        q = following
     at = _split_at(sequence, heads, C) + head
     tl.store(query_sum_ptr + (at + h) * C.D + d, tl.sum(total, 0), mask=exists)
 

@@ -201,7 +201,7 @@ _TUNING = {
 # The same for what takes more registers: rotary encodings and the softmax, the focusing map, and the map of two signs.
 _TUNING_ROPE = _TUNING | {
     state_kernel: (_Tuning(64, 4, 2, 128), _Tuning(64, 4, 2, 128)),
-    output_kernel: (_Tuning(64, 4, 2, 128), _Tuning(64, 4, 2, 128)),
+    output_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
 }
 _TUNING_FOCUSING = _TUNING | {
     state_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
@@ -232,8 +232,9 @@ def _plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, flags: tuple
     block_d, block_dv = (max(16, 1 << (width * group - 1).bit_length()) for width in (D, D_v))
     tuning = table[kernel][max(block_d, block_dv) > 32]
     config = config._replace(GROUP=group, BLOCK_D=block_d, BLOCK_DV=block_dv)
-    block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * dtype.itemsize)))
-    wide = max(block_d, block_dv) > 64 or dtype.itemsize > 2 or config.SIGNED and dtype != torch.bfloat16
+    size = 4 if config.SIGNED and dtype != torch.bfloat16 else dtype.itemsize  # of the products' operands
+    block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * size)))
+    wide = max(block_d, block_dv) > 64 or size > 2
     if wide:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
     extras = config.ROPE or config.DECOUPLED or config.PARAMETER or config.KEY_WEIGHT

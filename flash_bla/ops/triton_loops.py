@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from flash_bla.ops.triton_support import jit, tl
 from flash_bla.ops.triton_tiles import (
-    _both_by_head,
     _add_rows,
+    _both_by_head,
     _by_eighth,
     _by_head,
     _columns,
@@ -34,12 +34,13 @@ from flash_bla.ops.triton_tiles import (
     _sum_eighths,
     _swap_halves,
     _times_factor,
+    _times_halves,
     _to_columns,
     _to_product_layout,
-    _times_halves,
     _turn,
     _vector_operand,
     _vector_product,
+    _weight_operand,
     _zeros,
     _zeros3,
 )
@@ -240,6 +241,9 @@ def differentiate_queries(
         negative_mean = _vector_operand(-eps * mean, C.DV, C.BLOCK_DV, OPERAND, C)
     elif C.CENTER:
         mean_operand = _vector_operand(mean, C.DV, C.BLOCK_DV, OPERAND, C)
+    BY_PRODUCT: tl.constexpr = C.QUERY_WEIGHT and C.NORMALIZE and not C.DECOUPLED  # what z adds, which saves registers
+    if BY_PRODUCT:
+        z = _vector_operand(z_plus, C.D, C.BLOCK_D, OPERAND, C)
     z_plus = z_plus[None, :]
     # A weight counts by its logarithm's gradient, ε do · o / (φ̃(q) · z + ε)², where that is more than rounding.
     LEAST: tl.constexpr = 0.0 if q_ptr.dtype.element_ty == tl.float32 else 2.0**-12
@@ -308,7 +312,11 @@ def differentiate_queries(
             denominator = phi
             if C.DECOUPLED:
                 denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(tl.float32)
-            inverse, weight = _both_by_head(denominator * z_plus, (phi if GRADIENT else turned) * d_phi, C.D, C)
+            if BY_PRODUCT:
+                inverse = _vector_product(denominator.to(OPERAND), z, PRECISION, C)
+                weight = _by_head(phi * d_phi, C.D, C)
+            else:
+                inverse, weight = _both_by_head(denominator * z_plus, (phi if GRADIENT else turned) * d_phi, C.D, C)
             inverse = 1.0 / (inverse + tl.where(inside[:, None], least, 1.0))
             shift = inverse * 0.0
             if C.CENTER:
@@ -318,6 +326,9 @@ def differentiate_queries(
             if C.QUERY_WEIGHT:
                 share = least * inverse
                 dw = tl.where(share > LEAST, share * shift - least * weight, 0.0)
+            if BY_PRODUCT:
+                operand = _weight_operand(weight / inverse, OPERAND, C)
+                d_phi = tl.dot(operand, tl.trans(z), d_phi, input_precision=PRECISION)
             weight = _to_columns(weight, C.D, C)
             inverse = _to_columns(inverse, C.D, C)
             if SUMS:
@@ -330,7 +341,7 @@ def differentiate_queries(
         if GRADIENT:
             if C.DECOUPLED:
                 tl.store(dqd_ptr + dqd_tile, (weight * z_plus).to(dqd_ptr.dtype.element_ty), mask=mask)
-            elif C.NORMALIZE and not C.SIGNED:
+            elif C.NORMALIZE and not C.SIGNED and not BY_PRODUCT:
                 d_phi += weight * z_plus
             if C.SOFTMAX:
                 d_phi += d_mean

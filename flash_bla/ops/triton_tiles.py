@@ -454,6 +454,13 @@ def _signed_vector_operands(z_plus, z_minus, OPERAND: tl.constexpr, C: tl.conste
 
 
 @jit
+def _weight_operand(x, OPERAND: tl.constexpr, C: tl.constexpr):
+    """Numbers for each head, (rows, GROUP), as what is multiplied with a transposed ``_vector_operand``."""
+    x = tl.broadcast_to(x[:, :, None], C.BLOCK_N, C.GROUP, 16 // C.GROUP)
+    return tl.reshape(x, C.BLOCK_N, 16).to(OPERAND)
+
+
+@jit
 def _vector_product(x, operand, PRECISION: tl.constexpr, C: tl.constexpr):
     """The products of a tile's rows with the vector, by head: (rows, GROUP)."""
     products = tl.dot(x, operand, input_precision=PRECISION)
