@@ -238,11 +238,13 @@ def differentiate_queries(
         minus = minus.to(OPERAND)
         identity_v = _identity(C.BLOCK_DV, OPERAND, OPERAND)
         z = _signed_vector_operands(z_plus, z_minus, OPERAND, C)
+        z_minus = z_minus[None, :]
         negative_mean = _vector_operand(-eps * mean, C.DV, C.BLOCK_DV, OPERAND, C)
     elif C.CENTER:
         mean_operand = _vector_operand(mean, C.DV, C.BLOCK_DV, OPERAND, C)
-    BY_PRODUCT: tl.constexpr = C.QUERY_WEIGHT and C.NORMALIZE and not C.DECOUPLED  # what z adds, which saves registers
-    if BY_PRODUCT:
+    # What z adds as a product saves registers, where they are short and shared memory can hold z.
+    BY_PRODUCT: tl.constexpr = (C.SIGNED or C.QUERY_WEIGHT and C.NORMALIZE and not C.DECOUPLED) and C.BLOCK_D <= 128
+    if BY_PRODUCT and not C.SIGNED:
         z = _vector_operand(z_plus, C.D, C.BLOCK_D, OPERAND, C)
     z_plus = z_plus[None, :]
     # A weight counts by its logarithm's gradient, ε do · o / (φ̃(q) · z + ε)², where that is more than rounding.
@@ -298,10 +300,15 @@ def differentiate_queries(
             weight, other = _both_by_head(tl.where(is_first, weights, 0.0), tl.where(is_first, 0.0, weights), C.DV, C)
             weight, other = -weight / first_half, -other / second_half
             if GRADIENT:
-                operand = _signed_operand(weight, other, OPERAND, C)
-                d_phi = tl.dot(operand, tl.trans(z[0]), input_precision=PRECISION)
+                if BY_PRODUCT:
+                    operand = _signed_operand(weight, other, OPERAND, C)
+                    d_phi = tl.dot(operand, tl.trans(z[0]), input_precision=PRECISION)
+                    d_phi_minus = tl.dot(operand, tl.trans(z[1]), input_precision=PRECISION)
+                else:
+                    equal, opposite = _to_columns(weight, C.D, C), _to_columns(other, C.D, C)
+                    d_phi = equal * z_plus + opposite * z_minus
+                    d_phi_minus = equal * z_minus + opposite * z_plus
                 d_phi = tl.dot(dn_operand, plus, d_phi, input_precision=PRECISION)
-                d_phi_minus = tl.dot(operand, tl.trans(z[1]), input_precision=PRECISION)
                 d_phi_minus = tl.dot(dn_operand, minus, d_phi_minus, input_precision=PRECISION)
                 d_phi = _of_sign(q, d_phi, d_phi_minus)
             if SUMS:
