@@ -152,7 +152,7 @@ def _elu1_dx(x, phi, a, P: tl.constexpr):
     return tl.minimum(phi, 1.0)
 
 
-# --- focusing power (the Triton functions give uᵖ, a being 1 / scale; the norm ratio is a weight of the token) --------
+# --- focusing power (the Triton functions give (scale u)ᵖ; the kernels bring in the scale and the norm ratio) ---------
 
 
 def _focusing_power(x, parameter, exponent):
@@ -173,12 +173,13 @@ def _integer_power(u, P: tl.constexpr):
 
 @jit
 def _focusing_power_triton(x, a, P: tl.constexpr):
-    return _integer_power((tl.maximum(x, 0.0) + 1e-6) * a, P)
+    return _integer_power(tl.maximum(x, 0.0) + 1e-6, P)
 
 
 @jit
 def _focusing_power_dx(x, phi, a, P: tl.constexpr):
-    return tl.where(x > 0.0, _integer_power((tl.maximum(x, 0.0) + 1e-6) * a, P - 1) * (P * a), 0.0)
+    u = tl.maximum(x, 0.0) + 1e-6
+    return tl.where(u > 1e-6, _integer_power(u, P - 1) * P, 0.0)  # u and not x, whose signs would take registers
 
 
 # --- signed power (the Triton functions are of sign(x) |x|ᵃ; the kernels tell the signs apart) ------------------------

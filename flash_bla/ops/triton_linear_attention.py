@@ -12,7 +12,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
 from flash_bla.ops.triton_kernels import (
-    Config,
     backward_kernel,
     forward_kernel,
     key_gradient_kernel,
@@ -37,6 +36,7 @@ from flash_bla.ops.triton_support import (
     precision,
     run,
 )
+from flash_bla.ops.triton_tiles import Config
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ _TUNING = {
 # The same for what takes more registers: rotary encodings and the softmax, the focusing map, and the map of two signs.
 _TUNING_ROPE = _TUNING | {
     state_kernel: (_Tuning(64, 4, 2, 128), _Tuning(64, 4, 2, 128)),
-    output_kernel: (_Tuning(64, 4, 2, 128), _Tuning(64, 4, 2, 128)),
+    output_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
 }
 _TUNING_FOCUSING = _TUNING | {
     state_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
@@ -226,7 +226,7 @@ _TUNING_FOCUSING = _TUNING | {
 _TUNING_SIGNED = _TUNING | {
     state_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
     output_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
-    query_gradient_kernel: (_Tuning(32, 3, 2, 168), _Tuning(32, 2, 1, None)),
+    query_gradient_kernel: (_Tuning(32, 3, 2, 168), _Tuning(32, 2, 3, None)),
     key_gradient_kernel: (_Tuning(32, 2, 3, None), _Tuning(32, 2, 3, None)),
 }
 
@@ -248,8 +248,9 @@ def _plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, flags: tuple
     block_d, block_dv = (max(16, 1 << (width * group - 1).bit_length()) for width in (D, D_v))
     tuning = table[kernel][max(block_d, block_dv) > 32]
     config = config._replace(GROUP=group, BLOCK_D=block_d, BLOCK_DV=block_dv)
-    block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * dtype.itemsize)))
-    wide = max(block_d, block_dv) > 64 or dtype.itemsize > 2 or config.SIGNED and dtype != torch.bfloat16
+    size = 4 if config.SIGNED and dtype != torch.bfloat16 else dtype.itemsize  # of the products' operands
+    block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * size)))
+    wide = max(block_d, block_dv) > 64 or size > 2
     if wide:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
     extras = config.ROPE or config.DECOUPLED or config.PARAMETER or config.KEY_WEIGHT
@@ -268,25 +269,25 @@ def _warps(C: Config) -> int:
     return 4 if C.BLOCK_D * C.BLOCK_DV * (2 if C.SIGNED else 1) <= 8192 else 8
 
 
-def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1, roles: int = 1) -> None:
+def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None:
     C, tuning = problem.plan(kernel)
     programs = problem.programs(C)
     if programs > 0:
         places = tuning.resident * multiprocessors(problem.record.device) if tuning.persistent else programs
         # a loop of one tile needs no pipeline
         num_stages = tuning.num_stages if tuning.persistent or problem.longest > C.BLOCK_N else 1
-        grid = (min(programs, places), splits, roles)
+        grid = (min(programs, places), splits, 1)
         arguments = arguments | dict(C=C, programs=programs)
         problem.record.launch(kernel, grid, arguments, _warps(C), num_stages, tuning.maxnreg)
 
 
-def _split(kernel, problem: _Problem, length: int, roles: int = 1) -> int:
+def _split(kernel, problem: _Problem, length: int) -> int:
     """Into how many parts to cut sequences so that a kernel's programs fill all multiprocessors once."""
     C, tuning = problem.plan(kernel)
     if problem.cu_seqlens is not None:
         length = problem.max_seqlen
     places = tuning.resident * multiprocessors(problem.record.device)
-    return max(1, min(places // max(problem.programs(C) * roles, 1), cdiv(length, C.BLOCK_N), 65535))
+    return max(1, min(places // max(problem.programs(C), 1), cdiv(length, C.BLOCK_N), 65535))
 
 
 def _fits(kernel, problem: _Problem) -> bool:
@@ -299,15 +300,17 @@ def _fits(kernel, problem: _Problem) -> bool:
     return problem.short or programs >= 3 * multiprocessors(problem.record.device)
 
 
-def _reduce(partial: Tensor, record: Record) -> Tensor:
+def _reduce(record: Record, partial: Tensor) -> Tensor:
     """Adds up the first dimension, always in the same order."""
     if partial.shape[0] == 1 or partial.numel() == 0:
         return partial[0]
     total = record.new_empty(partial.shape[1:], torch.float32)
+    splits = partial.shape[0]
+    rows, columns, warps = (4, 512, 4) if splits <= 8 else (16, 128, 4) if splits <= 64 else (1024, 8, 16)
     arguments = dict(
-        partial_ptr=partial, sum_ptr=total, length=total.numel(), splits=partial.shape[0], BLOCK=128, SPLITS=16
+        partial_ptr=partial, sum_ptr=total, length=total.numel(), splits=splits, BLOCK=columns, SPLITS=rows
     )
-    record.launch(reduce_kernel, (cdiv(total.numel(), 128), 1, 1), arguments)
+    record.launch(reduce_kernel, (cdiv(total.numel(), columns), 1, 1), arguments, warps)
     return total
 
 
@@ -347,7 +350,7 @@ def record_forward(
     splits = _split(state_kernel, p, p.k.shape[2])
     state = p.empty_state(splits)
     _launch(state_kernel, p, arguments | dict(state_ptr=state), splits)
-    state = _merge(state, query_sums, p) if p.softmax else _reduce(state, record)
+    state = _merge(state, query_sums, p) if p.softmax else _reduce(record, state)
     _launch(output_kernel, p, arguments | dict(state_ptr=state), _split(output_kernel, p, p.q.shape[2]))
     return o, state if keep_state and not p.sums_keys_again else None
 
@@ -375,8 +378,8 @@ def record_backward(
         _launch(single_backward_kernel, p, arguments)
         return dq, dk, dv, None, None, None, None, None
     whole = keys and _fits(backward_kernel, p)
-    roles = 2 if p.signs == 2 and keys and not whole else 1  # see query_gradient_kernel
-    query_splits = 1 if whole else _split(query_gradient_kernel, p, q.shape[2], roles)
+    apart = keys and (p.softmax or p.signs == 2)  # the queries' gradients are a launch after their sums
+    query_splits = 1 if whole else _split(query_gradient_kernel, p, q.shape[2])
     key_splits = _split(key_gradient_kernel, p, k.shape[2]) if keys and not whole else 0
     da = da_queries = da_keys = None
     if parameter is not None:
@@ -400,12 +403,11 @@ def record_backward(
     )  # fmt: skip
     if p.softmax:
         arguments["d_mean_ptr"] = p.new_empty(key_splits, *q.shape[:2], q.shape[3])
-    constants = dict(SUMS=keys, GRADIENT=not p.softmax)
-    _launch(query_gradient_kernel, p, arguments | constants, query_splits, roles)
+    _launch(query_gradient_kernel, p, arguments | dict(SUMS=keys, GRADIENT=not apart), query_splits)
     if keys:
-        outputs = dict(d_state_ptr=_reduce(d_state, record), da_ptr=da_queries if focusing else da_keys)
+        outputs = dict(d_state_ptr=_reduce(record, d_state), da_ptr=da_queries if focusing else da_keys)
         _launch(key_gradient_kernel, p, arguments | outputs, key_splits)
-    if p.softmax:  # the keys' weights depend on all queries
+    if apart:  # registers cannot hold both, or the keys' weights depend on all queries
         _launch(query_gradient_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
     return dq, dk, dv, dqd, dkd, da, dwq, dwk
 
@@ -441,7 +443,9 @@ def _backward(
         dr = dwk if dwk is None or key_weight is None else dwk * key_weight
         run(add_ratio_gradients, (dq, dk, da, dwq, dr, q, k, parameter), (options[2],))
         dwk = None if dwk is None or key_weight is None else dwk * key_ratios
-    return dq, dk, dv, dqd, dkd, None if da is None else da.sum(0), dwk
+    if da is not None:
+        da = run(_reduce, (da,)) if da.shape[0] > 1 else da[0]
+    return dq, dk, dv, dqd, dkd, da, dwk
 
 
 SCHEMA = """
@@ -473,6 +477,7 @@ def _fake_backward(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *argum
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # of the state and the ratios, which would be written as zeros
     ctx.options = inputs[9:]
     ctx.save_for_backward(*inputs[:9], *output[1:])
 

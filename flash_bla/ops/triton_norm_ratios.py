@@ -69,7 +69,7 @@ def _mask(inside, part: tl.constexpr, W: tl.constexpr):
 
 @jit
 def _load_u(x_ptr, offsets, inside, inverses, least, W: tl.constexpr):
-    """The parts of u, 1 / n, and Σ sᵖ."""
+    """The parts of u, n^-½, and Σ sᵖ."""
     PARTS: tl.constexpr = W.PARTS
     u = ()
     squares = _zeros(W.BLOCK_N, W.BLOCK_C)
@@ -78,11 +78,12 @@ def _load_u(x_ptr, offsets, inside, inverses, least, W: tl.constexpr):
         y = tl.maximum(x, 0.0) * inverses[part] + least[part]
         squares += y * y
         u = u + (y,)
-    inverse_n = 1.0 / tl.sum(squares, 1)
+    inverse_norm = tl.rsqrt(tl.sum(squares, 1))
+    inverse_n = inverse_norm * inverse_norm
     powers = _zeros(W.BLOCK_N, W.BLOCK_C)
     for part in tl.static_range(PARTS):
         powers += _power(u[part] * u[part] * inverse_n[:, None], W.P)
-    return u, inverse_n, tl.sum(powers, 1)
+    return u, inverse_norm, tl.sum(powers, 1)
 
 
 @jit
@@ -100,8 +101,8 @@ def _start(pointer, strides, row):
 
 @jit
 def _write_ratios(x_ptr, offsets, inside, inverses, least, ratio_ptr, W: tl.constexpr):
-    _, inverse_n, powers = _load_u(x_ptr, offsets, inside, inverses, least, W)
-    ratio = _power(tl.sqrt(inverse_n), W.P - 1) * tl.rsqrt(powers)
+    _, inverse_norm, powers = _load_u(x_ptr, offsets, inside, inverses, least, W)
+    ratio = _power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
     tl.store(ratio_ptr + tl.arange(0, W.BLOCK_N), ratio, mask=inside)
 
 
@@ -116,7 +117,7 @@ def norm_ratio_kernel(
     k_ptr, k_offsets = _start(k_ptr, k_strides, begin), _offsets(k_strides, W)
     ratio_ptr += tl.program_id(1).to(tl.int64) * (query_length + key_length)
     step = tl.full((), W.BLOCK_N, tl.int64)
-    for start in range(begin, end, W.BLOCK_N):
+    for start in tl.range(begin, end, W.BLOCK_N, num_stages=W.STAGES):
         n = start + tl.arange(0, W.BLOCK_N)
         _write_ratios(q_ptr, q_offsets, n < query_length, inverses, least, ratio_ptr + start, W)
         _write_ratios(k_ptr, k_offsets, n < key_length, inverses, least, ratio_ptr + query_length + start, W)
@@ -130,6 +131,15 @@ def _sum_rows(x, W: tl.constexpr):
     return tl.sum(tl.reshape(x, W.BLOCK_N // W.ROWS, W.ROWS, W.BLOCK_C), 0)
 
 
+@jit
+def _last_row(dr_ptr, h, first, end, BLOCK: tl.constexpr, HEADS: tl.constexpr):
+    """The end of a block of rows, or its first row if nothing in it has a gradient."""
+    n = first + tl.arange(0, BLOCK)
+    mask = (h < HEADS)[:, None] & (n < end)[None, :]
+    largest = tl.max(tl.max(tl.abs(tl.load(dr_ptr + n[None, :], mask=mask, other=0.0)), 1), 0)
+    return tl.where(largest > 0.0, tl.minimum(first + BLOCK, end), first)
+
+
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def norm_ratio_gradient_kernel(
     x_ptr, x_strides, dx_ptr, dx_strides, dr_ptr, scale_ptr, dscale_ptr, length,
@@ -138,48 +148,44 @@ def norm_ratio_gradient_kernel(
     """Adds to dx what comes by the ratios, and sums for the scale's gradient; dr (B, H, N) is summed over the heads.
 
     Programs share the rows (axis 0) of a sequence (axis 1). With ``LOG``, the gradient of the ratios' logarithms, most
-    of them have none, and nothing to do.
+    rows have none, and blocks of such rows are left out.
     """
     PARTS: tl.constexpr = W.PARTS
     inverses, least = _load_scale(scale_ptr, W)
     begin, end = _share(length, W)
     rows, h = tl.arange(0, W.BLOCK_N), tl.arange(0, BLOCK_H)
     dr_ptr += tl.program_id(1).to(tl.int64) * HEADS * length + (h * length)[:, None]
-    if LOG:
-        largest = _zeros(BLOCK_H, 128)
-        for start in range(begin, end, 128):
-            n = start + tl.arange(0, 128)
-            mask = (h < HEADS)[:, None] & (n < end)[None, :]
-            largest = tl.maximum(largest, tl.abs(tl.load(dr_ptr + n[None, :], mask=mask, other=0.0)))
-        end = tl.where(tl.max(tl.max(largest, 1), 0) > 0.0, end, begin)
-    x_ptr, offsets = _start(x_ptr, x_strides, begin), _offsets(x_strides, W)
-    dx_ptr, dx_offsets = _start(dx_ptr, dx_strides, begin), _offsets(dx_strides, W)
+    x_ptr, offsets = _start(x_ptr, x_strides, 0), _offsets(x_strides, W)
+    dx_ptr, dx_offsets = _start(dx_ptr, dx_strides, 0), _offsets(dx_strides, W)
     dscale = ()
     for _ in tl.static_range(PARTS):
         dscale = dscale + (_zeros(W.ROWS, W.BLOCK_C),)
-    step = tl.full((), W.BLOCK_N, tl.int64)
-    for start in range(begin, end, W.BLOCK_N):
-        inside = start + rows < end
-        dr = tl.load(dr_ptr + (start + rows)[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=0.0)
-        dr = tl.sum(dr, 0)
-        u, inverse_n, powers = _load_u(x_ptr, offsets, inside, inverses, least, W)
-        if not LOG:
-            dr *= _power(tl.sqrt(inverse_n), W.P - 1) * tl.rsqrt(powers)
-        g = dr * inverse_n
-        weight = (g * (W.P / powers))[:, None]
-        g = g[:, None]
-        sums = ()
-        for part in tl.static_range(PARTS):
-            y = u[part]
-            du = (g - weight * _power(y * y * inverse_n[:, None], W.P - 1)) * y
-            mask = _mask(inside, part, W)
-            gradient = tl.load(dx_ptr + dx_offsets[part], mask=mask, other=0.0).to(tl.float32)
-            gradient += tl.where(y > least[part], du * inverses[part], 0.0)
-            tl.store(dx_ptr + dx_offsets[part], gradient.to(dx_ptr.dtype.element_ty), mask=mask)
-            sums = sums + (dscale[part] - _sum_rows(du * y, W),)
-        dscale = sums
-        x_ptr += step * x_strides[2]
-        dx_ptr += step * dx_strides[2]
+    BLOCK: tl.constexpr = 128 if LOG else 1 << 30
+    for first in range(begin, end, BLOCK):
+        last = _last_row(dr_ptr, h, first, end, BLOCK, HEADS) if LOG else end
+        for start in tl.range(first, last, W.BLOCK_N, num_stages=W.STAGES):
+            inside = start + rows < end
+            dr = tl.load(dr_ptr + (start + rows)[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=0.0)
+            dr = tl.sum(dr, 0)
+            at = tl.cast(start, tl.int64)
+            u, inverse_norm, powers = _load_u(x_ptr + at * x_strides[2], offsets, inside, inverses, least, W)
+            inverse_n = inverse_norm * inverse_norm
+            if not LOG:
+                dr *= _power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
+            g = dr * inverse_n
+            weight = (g * (W.P / powers))[:, None]
+            g = g[:, None]
+            sums = ()
+            for part in tl.static_range(PARTS):
+                y = u[part]
+                du = (g - weight * _power(y * y * inverse_n[:, None], W.P - 1)) * y
+                mask = _mask(inside, part, W)
+                pointers = dx_ptr + at * dx_strides[2] + dx_offsets[part]
+                gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+                gradient += tl.where(y > least[part], du * inverses[part], 0.0)
+                tl.store(pointers, gradient.to(dx_ptr.dtype.element_ty), mask=mask)
+                sums = sums + (dscale[part] - _sum_rows(du * y, W),)
+            dscale = sums
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     for part in tl.static_range(PARTS):
         c = part * W.BLOCK_C + tl.arange(0, W.BLOCK_C)
@@ -200,6 +206,7 @@ class _Width(NamedTuple):
     BLOCK_N: int
     ROWS: int  # of a tile that the threads of 4 warps load at a time, 16 bytes each
     P: int
+    STAGES: int = 3
 
 
 def _width(x: Tensor, packed: bool, exponent: int, gradient: bool = False) -> _Width:

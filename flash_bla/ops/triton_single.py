@@ -12,8 +12,8 @@ tiles while it computes. For names see triton_kernels.py.
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_kernels import _offsets, _start
 from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, tl
+from flash_bla.ops.triton_tiles import _offsets, _start
 
 
 @jit

@@ -15,11 +15,11 @@ from triton.compiler import ASTSource
 
 from flash_bla.ops import feature_maps
 from flash_bla.ops import triton_depthwise_conv as conv
-from flash_bla.ops import triton_kernels as kernels
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_support as support
+from flash_bla.ops import triton_tiles as tiles
 from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios
 from flash_bla.ops.triton_support import Record, cdiv
@@ -166,9 +166,7 @@ def main(targets):
         # as an import on such a machine does
         hip = target.backend == "hip"
         feature_maps.fast_log2 = support.log2 if hip else support.fast_log2
-        kernels.fast_rounded_positive_part = (
-            support.rounded_positive_part if hip else support.fast_rounded_positive_part
-        )
+        tiles.fast_rounded_positive_part = support.rounded_positive_part if hip else support.fast_rounded_positive_part
         most, count = (0, ""), 0
         for label, dtype, run in runs:
             if name != "sm_90" and label.split(",")[0] in OF_ONE_TARGET:

@@ -1,0 +1,488 @@
+"""Linear attention in Triton: the four loops over rows that its kernels consist of.
+
+For equations and names see triton_kernels.py.
+"""
+
+from __future__ import annotations
+
+from flash_bla.ops.triton_support import jit, tl
+from flash_bla.ops.triton_tiles import (
+    _add_rows,
+    _both_by_head,
+    _by_eighth,
+    _by_head,
+    _columns,
+    _features_backward,
+    _first_half,
+    _identity,
+    _load_factor,
+    _load_parameter,
+    _load_rope,
+    _load_weight,
+    _mask_heads,
+    _next,
+    _of_sign,
+    _offsets,
+    _operands,
+    _repeated,
+    _signed_denominators,
+    _signed_operand,
+    _signed_vector_operands,
+    _signs,
+    _start,
+    _store_weight,
+    _sum_eighths,
+    _swap_halves,
+    _times_factor,
+    _times_halves,
+    _to_columns,
+    _to_product_layout,
+    _turn,
+    _vector_operand,
+    _vector_product,
+    _weight_operand,
+    _zeros,
+    _zeros3,
+)
+
+
+@jit
+def sum_keys(
+    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr, rope_strides,
+    mean, batch, head, heads, first, begin, end, count, scale,
+    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """S₊, S₋ = s Σ φ(±k)ᵀ v and z₊, z₋ = Σ φ̃(±k) / M over the rows from ``begin`` to ``end``.
+
+    With ``SOFTMAX`` a key's weight is M softmax(mean · φ(k)), of which the rows' share of the sums is known: S, z, and
+    the logarithm of the share, to base 2. ``mean`` is (1, BLOCK_D), the weights' logarithm to base 2.
+    """
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    k_ptr, k_tile = _start(k_ptr, k_strides, batch, head, first + begin), _offsets(h, d, k_strides, C)
+    v_ptr, v_tile = _start(v_ptr, v_strides, batch, head, first + begin), _offsets(hv, c, v_strides, C)
+    if C.DECOUPLED:
+        kd_ptr, kd_tile = _start(kd_ptr, kd_strides, batch, head, first + begin), _offsets(h, d, kd_strides, C)
+    if C.KEY_WEIGHT:
+        wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
+    if C.ROPE:
+        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+    a = _load_parameter(a_ptr, head, heads, C)
+    plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
+    minus = _zeros(C.BLOCK_DV, C.BLOCK_D)
+    Z_ROWS: tl.constexpr = 64 if C.FEW else 16
+    z_plus = _zeros(Z_ROWS, C.BLOCK_D)
+    z_minus = _zeros(Z_ROWS, C.BLOCK_D)
+    maximum = _zeros(1, C.GROUP) - 1e30
+    total = _zeros(C.BLOCK_N, C.GROUP)
+
+    for start in range(begin, end, C.BLOCK_N):
+        n = start + tl.arange(0, C.BLOCK_N)
+        inside = n < end
+        mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
+        # φ is zero where PAD stands; so is a weight of the softmax
+        k = tl.load(k_ptr + k_tile, mask=mask, other=0.0 if C.SOFTMAX else PAD).to(tl.float32)
+        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
+        phi_plus, phi_minus = _signs(PHI(k, a, C.EXPONENT), C)
+        if C.KEY_WEIGHT:
+            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C.D, C)
+            phi_plus *= w
+            phi_minus *= w
+        if C.SOFTMAX:  # sums so far are of exponentials of less a maximum that may have grown
+            scores = tl.where(inside[:, None], _by_head(phi_plus * mean, C.D, C), float("-inf"))
+            larger = tl.maximum(maximum, tl.max(scores, 0)[None, :])
+            fade = tl.exp2(maximum - larger)
+            w = tl.exp2(scores - larger)
+            maximum, total = larger, total * fade + w
+            fade = _to_columns(fade, C.D, C)
+            plus *= fade
+            z_plus *= fade
+            phi_plus *= _to_columns(w, C.D, C)
+        if C.DECOUPLED:
+            kd = tl.load(kd_ptr + kd_tile, mask=mask, other=0.0).to(tl.float32)
+            z_plus = _add_rows(z_plus, kd, OPERAND, PRECISION, C)
+        elif C.NORMALIZE:
+            z_plus = _add_rows(z_plus, phi_plus, OPERAND, PRECISION, C)
+        if C.ROPE:
+            cos, sin = _load_rope(rope_ptr + rope_tile, mask, None, OPERAND, C)
+            rope_ptr = _next(rope_ptr, rope_strides, C)
+            phi_plus = _turn(phi_plus, cos, sin, C)
+        plus = tl.dot(tl.trans(v), phi_plus.to(OPERAND), plus, input_precision=PRECISION)
+        if C.SIGNED:
+            z_minus = _add_rows(z_minus, phi_minus, OPERAND, PRECISION, C)
+            minus = tl.dot(tl.trans(v), phi_minus.to(OPERAND), minus, input_precision=PRECISION)
+        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
+        if C.DECOUPLED:
+            kd_ptr = _next(kd_ptr, kd_strides, C)
+        if C.KEY_WEIGHT:
+            wk_ptr = _next(wk_ptr, wk_strides, C)
+
+    z_plus, z_minus = tl.sum(z_plus, 0), tl.sum(z_minus, 0)
+    if C.FEW:  # all rows are the same
+        z_plus, z_minus = z_plus / 64, z_minus / 64
+    one = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if C.MEAN:
+        scale = one
+    if C.SOFTMAX:
+        total = tl.sum(total, 0)[None, :]
+        maximum += tl.log2(total)
+        total = _to_columns(tl.where(total > 0.0, 1.0 / total, 0.0), C.D, C)
+        plus *= total
+        z_plus *= tl.sum(total, 0)
+        scale, one = scale / one, 1.0
+    plus, minus = _swap_halves(_mask_heads(plus * scale, C), _mask_heads(minus * scale, C), C)
+    plus, z_plus = _times_factor(plus, z_plus * one, _load_factor(a_ptr, head, heads, C), C)
+    return plus, minus, z_plus, z_minus * one, maximum
+
+
+@jit
+def write_output(
+    q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, rope_ptr, rope_strides,
+    plus, minus, z_plus, z_minus, batch, head, heads, first, begin, end, eps,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """o = φ(q) S / (φ̃(q) · z + ε)."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
+    o_ptr, o_tile = _start(o_ptr, o_strides, batch, head, first + begin), _offsets(hv, c, o_strides, C)
+    if C.DECOUPLED:
+        qd_ptr, qd_tile = _start(qd_ptr, qd_strides, batch, head, first + begin), _offsets(h, d, qd_strides, C)
+    if C.QUERY_WEIGHT:
+        wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
+        w = _load_weight(wq_ptr, wq_strides, head, heads, begin + tl.arange(0, C.BLOCK_N) < end, 1.0, C)
+    if C.ROPE:
+        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
+    a = _load_parameter(a_ptr, head, heads, C)
+    plus, z_plus = _times_factor(plus, z_plus, _load_factor(a_ptr, head, heads, C), C)
+    plus = tl.trans(plus.to(OPERAND))
+    if C.SIGNED:
+        minus = tl.trans(minus.to(OPERAND))
+        z = _signed_vector_operands(z_plus, z_minus, OPERAND, C)
+    elif C.NORMALIZE:
+        z = _vector_operand(z_plus, C.D, C.BLOCK_D, OPERAND, C)
+    identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
+
+    for start in range(begin, end, C.BLOCK_N):
+        n = start + tl.arange(0, C.BLOCK_N)
+        inside = n < end
+        mask = inside[:, None] & exists[None, :]
+        q = tl.load(q_ptr + q_tile, mask=mask, other=0.0)
+        if C.SIGNED or C.ROPE or C.PARAMETER:  # features are used twice
+            q = _to_product_layout(q, identity, OPERAND)
+        phi = PHI(q.to(tl.float32), a, C.EXPONENT)
+        least = eps
+        if C.QUERY_WEIGHT:
+            if C.NORMALIZE:
+                least = eps / w
+            else:
+                phi *= _to_columns(w, C.D, C)
+            # the next tile's: by itself, the compiler loads ahead only what products take
+            wq_ptr = _next(wq_ptr, wq_strides, C)
+            w = _load_weight(wq_ptr, wq_strides, head, heads, n + C.BLOCK_N < end, 1.0, C)
+        turned = phi
+        if C.ROPE:
+            cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
+            rope_ptr = _next(rope_ptr, rope_strides, C)
+            turned = _turn(phi, cos, sin, C)
+        phi_plus, phi_minus = _operands(turned, None, OPERAND, C)
+        o = tl.dot(phi_plus, plus, input_precision=PRECISION)
+        if C.SIGNED:
+            o = tl.dot(phi_minus, minus, o, input_precision=PRECISION)
+            first_half, second_half = _signed_denominators(phi_plus, phi_minus, z, eps, PRECISION, C)
+            o = _times_halves(o, 1.0 / first_half, 1.0 / second_half, C)
+        elif C.NORMALIZE:
+            denominator = phi.to(OPERAND)
+            if C.DECOUPLED:
+                denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(OPERAND)
+            o *= _to_columns(1.0 / (_vector_product(denominator, z, PRECISION, C) + least), C.DV, C)
+        tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
+        if C.DECOUPLED:
+            qd_ptr = _next(qd_ptr, qd_strides, C)
+
+
+@jit
+def differentiate_queries(
+    q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides,
+    rope_ptr, rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides,
+    plus, minus, z_plus, z_minus, mean, d_mean, batch, head, heads, first, begin, end, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Writes the queries' gradients, and returns dS₊, dS₋, dz₊, dz₋ and the gradient of the map's parameter.
+
+    ``SUMS`` or ``GRADIENT`` alone does without what only the other needs. ``d_mean`` is added to φ(q)'s gradients.
+    """
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
+    do_ptr, do_tile = _start(do_ptr, do_strides, batch, head, first + begin), _offsets(hv, c, do_strides, C)
+    dq_ptr, dq_tile = _start(dq_ptr, dq_strides, batch, head, first + begin), _offsets(h, d, dq_strides, C)
+    if C.DECOUPLED:
+        qd_ptr, qd_tile = _start(qd_ptr, qd_strides, batch, head, first + begin), _offsets(h, d, qd_strides, C)
+        dqd_ptr, dqd_tile = _start(dqd_ptr, dqd_strides, batch, head, first + begin), _offsets(h, d, dqd_strides, C)
+    if C.QUERY_WEIGHT:
+        wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
+        dwq_ptr = _start(dwq_ptr, dwq_strides, batch, head, first + begin)
+    if C.ROPE:
+        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
+    a = _load_parameter(a_ptr, head, heads, C)
+    factor = _load_factor(a_ptr, head, heads, C)
+    identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
+    plus, z_plus = _times_factor(plus, z_plus, factor, C)
+    plus = plus.to(OPERAND)
+    if C.SIGNED:
+        minus = minus.to(OPERAND)
+        identity_v = _identity(C.BLOCK_DV, OPERAND, OPERAND)
+        z = _signed_vector_operands(z_plus, z_minus, OPERAND, C)
+        z_minus = z_minus[None, :]
+        negative_mean = _vector_operand(-eps * mean, C.DV, C.BLOCK_DV, OPERAND, C)
+    elif C.CENTER:
+        mean_operand = _vector_operand(mean, C.DV, C.BLOCK_DV, OPERAND, C)
+    # What z adds as a product saves registers, where they are short and shared memory can hold z.
+    BY_PRODUCT: tl.constexpr = (C.SIGNED or C.QUERY_WEIGHT and C.NORMALIZE and not C.DECOUPLED) and C.BLOCK_D <= 128
+    if BY_PRODUCT and not C.SIGNED:
+        z = _vector_operand(z_plus, C.D, C.BLOCK_D, OPERAND, C)
+    z_plus = z_plus[None, :]
+    # A weight counts by its logarithm's gradient, ε do · o / (φ̃(q) · z + ε)², where that is more than rounding.
+    LEAST: tl.constexpr = 0.0 if q_ptr.dtype.element_ty == tl.float32 else 2.0**-12
+    d_plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
+    d_minus = _zeros(C.BLOCK_DV, C.BLOCK_D)
+    dz_plus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    dz_minus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+
+    for start in range(begin, end, C.BLOCK_N):
+        n = start + tl.arange(0, C.BLOCK_N)
+        inside = n < end
+        mask, do_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
+        q = _to_product_layout(tl.load(q_ptr + q_tile, mask=mask, other=0.0), identity, OPERAND)
+        do = tl.load(do_ptr + do_tile, mask=do_mask, other=0.0).to(OPERAND)
+        phi = PHI(q, a, C.EXPONENT)
+        unweighted = phi
+        least = eps
+        if C.QUERY_WEIGHT:
+            w = _load_weight(wq_ptr, wq_strides, head, heads, inside, 1.0, C)
+            if C.NORMALIZE:
+                least = eps / w
+            else:
+                phi *= _to_columns(w, C.D, C)
+        turned = phi
+        if not C.SIGNED:
+            d_phi = tl.dot(do, plus, input_precision=PRECISION)
+        if C.ROPE:
+            cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
+            rope_ptr = _next(rope_ptr, rope_strides, C)
+            if SUMS:
+                turned = _turn(phi, cos, sin, C)
+            if GRADIENT:
+                d_phi = _turn(d_phi, cos, -sin, C)
+
+        if C.SIGNED:
+            # the two halves of the values' columns have denominators of their own: dn itself is needed
+            one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
+            phi_plus, phi_minus = _operands(phi, None, OPERAND, C)
+            first_half, second_half = _signed_denominators(phi_plus, phi_minus, z, one, PRECISION, C)
+            dn = _to_product_layout(do, identity_v, OPERAND)
+            dn = _times_halves(dn, 1.0 / first_half, 1.0 / second_half, C)
+            dn_operand = dn.to(OPERAND)
+            if SUMS:
+                d_plus = tl.dot(tl.trans(dn_operand), phi_plus, d_plus, input_precision=PRECISION)
+                d_minus = tl.dot(tl.trans(dn_operand), phi_minus, d_minus, input_precision=PRECISION)
+            o = _repeated(negative_mean, PRECISION, C)
+            o = tl.dot(phi_plus, tl.trans(plus), o, input_precision=PRECISION)
+            o = tl.dot(phi_minus, tl.trans(minus), o, input_precision=PRECISION)
+            weights = o * dn
+            is_first = _first_half(C)[None, :]
+            weight, other = _both_by_head(tl.where(is_first, weights, 0.0), tl.where(is_first, 0.0, weights), C.DV, C)
+            weight, other = -weight / first_half, -other / second_half
+            if GRADIENT:
+                if BY_PRODUCT:
+                    operand = _signed_operand(weight, other, OPERAND, C)
+                    d_phi = tl.dot(operand, tl.trans(z[0]), input_precision=PRECISION)
+                    d_phi_minus = tl.dot(operand, tl.trans(z[1]), input_precision=PRECISION)
+                else:
+                    equal, opposite = _to_columns(weight, C.D, C), _to_columns(other, C.D, C)
+                    d_phi = equal * z_plus + opposite * z_minus
+                    d_phi_minus = equal * z_minus + opposite * z_plus
+                d_phi = tl.dot(dn_operand, plus, d_phi, input_precision=PRECISION)
+                d_phi_minus = tl.dot(dn_operand, minus, d_phi_minus, input_precision=PRECISION)
+                d_phi = _of_sign(q, d_phi, d_phi_minus)
+            if SUMS:
+                weight, other = _to_columns(weight, C.D, C), _to_columns(other, C.D, C)
+                dz_plus += _by_eighth((weight + other) * tl.abs(phi), C)  # of z₊ + z₋
+                dz_minus += _by_eighth((weight - other) * phi, C)  # of z₊ - z₋
+        elif C.NORMALIZE:
+            denominator = phi
+            if C.DECOUPLED:
+                denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(tl.float32)
+            if BY_PRODUCT:
+                inverse = _vector_product(denominator.to(OPERAND), z, PRECISION, C)
+                weight = _by_head(phi * d_phi, C.D, C)
+            else:
+                inverse, weight = _both_by_head(denominator * z_plus, (phi if GRADIENT else turned) * d_phi, C.D, C)
+            inverse = 1.0 / (inverse + tl.where(inside[:, None], least, 1.0))
+            shift = inverse * 0.0
+            if C.CENTER:
+                shift = _vector_product(do, mean_operand, PRECISION, C)
+                weight -= least * shift
+            weight *= -inverse * inverse
+            if C.QUERY_WEIGHT:
+                share = least * inverse
+                dw = tl.where(share > LEAST, share * shift - least * weight, 0.0)
+            if BY_PRODUCT:
+                operand = _weight_operand(weight / inverse, OPERAND, C)
+                d_phi = tl.dot(operand, tl.trans(z), d_phi, input_precision=PRECISION)
+            weight = _to_columns(weight, C.D, C)
+            inverse = _to_columns(inverse, C.D, C)
+            if SUMS:
+                d_plus = tl.dot(tl.trans(do), (turned * inverse).to(OPERAND), d_plus, input_precision=PRECISION)
+                dz_plus += _by_eighth(weight * denominator, C)
+            d_phi *= inverse
+        elif SUMS:
+            d_plus = tl.dot(tl.trans(do), turned.to(OPERAND), d_plus, input_precision=PRECISION)
+
+        if GRADIENT:
+            if C.DECOUPLED:
+                tl.store(dqd_ptr + dqd_tile, (weight * z_plus).to(dqd_ptr.dtype.element_ty), mask=mask)
+            elif C.NORMALIZE and not C.SIGNED and not BY_PRODUCT:
+                d_phi += weight * z_plus
+            if C.SOFTMAX:
+                d_phi += d_mean
+            if C.QUERY_WEIGHT:
+                if not C.NORMALIZE:
+                    dw = _by_head(d_phi * phi, C.D, C)
+                    d_phi *= _to_columns(w, C.D, C)
+                _store_weight(dwq_ptr, dwq_strides, head, heads, inside, dw, C)
+            dq, da_rows = _features_backward(q, a, unweighted, d_phi, PHI_DX, PHI_DA, C)
+            if C.SIGNED:
+                da += _by_eighth(da_rows, C)  # zero where there is no row
+            tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+        q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
+        if C.DECOUPLED:
+            qd_ptr, dqd_ptr = _next(qd_ptr, qd_strides, C), _next(dqd_ptr, dqd_strides, C)
+        if C.QUERY_WEIGHT:
+            wq_ptr, dwq_ptr = _next(wq_ptr, wq_strides, C), _next(dwq_ptr, dwq_strides, C)
+
+    dz_plus, dz_minus, da = _sum_eighths(dz_plus), _sum_eighths(dz_minus), _sum_eighths(da)
+    if C.GROUP * C.D < C.BLOCK_D:  # φ need not be zero in columns that do not exist
+        d_plus, d_minus = tl.where(exists[None, :], d_plus, 0.0), tl.where(exists[None, :], d_minus, 0.0)
+        dz_plus, dz_minus = tl.where(exists, dz_plus, 0.0), tl.where(exists, dz_minus, 0.0)
+    if C.SIGNED:
+        dz_plus, dz_minus = 0.5 * (dz_plus + dz_minus), 0.5 * (dz_plus - dz_minus)
+        da *= 0.6931471805599453
+    d_plus, dz_plus = _times_factor(d_plus, dz_plus, factor, C)
+    return _mask_heads(d_plus, C), _mask_heads(d_minus, C), dz_plus, dz_minus, da
+
+
+@jit
+def differentiate_keys(
+    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
+    rope_ptr, rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
+    d_plus, d_minus, dz_plus, dz_minus, mean, query_mean, logarithm, average, batch, head, heads, first, begin, end,
+    count, scale,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of keys and values, and returns those of the map's parameter and of the queries' mean.
+
+    The latter belong to ``SOFTMAX``, as do the mean itself and the exponentials' logarithm (see ``sum_keys``), and the
+    average of the weights' gradients.
+    """
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    k_ptr, k_tile = _start(k_ptr, k_strides, batch, head, first + begin), _offsets(h, d, k_strides, C)
+    v_ptr, v_tile = _start(v_ptr, v_strides, batch, head, first + begin), _offsets(hv, c, v_strides, C)
+    dk_ptr, dk_tile = _start(dk_ptr, dk_strides, batch, head, first + begin), _offsets(h, d, dk_strides, C)
+    dv_ptr, dv_tile = _start(dv_ptr, dv_strides, batch, head, first + begin), _offsets(hv, c, dv_strides, C)
+    if C.DECOUPLED:
+        dkd_ptr, dkd_tile = _start(dkd_ptr, dkd_strides, batch, head, first + begin), _offsets(h, d, dkd_strides, C)
+    if C.KEY_WEIGHT:
+        wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
+        dwk_ptr = _start(dwk_ptr, dwk_strides, batch, head, first + begin)
+    if C.ROPE:
+        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
+    a = _load_parameter(a_ptr, head, heads, C)
+    identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
+    one = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if C.MEAN:
+        if not C.SOFTMAX:
+            d_plus, d_minus, dz_plus, dz_minus = d_plus * one, d_minus * one, dz_plus * one, dz_minus * one
+        scale, one = 1.0, 1.0
+    elif C.SOFTMAX:
+        scale, one = scale / one, 1.0
+    d_plus, d_minus = _swap_halves(d_plus, d_minus, C)
+    d_plus, dz_plus = _times_factor(d_plus, dz_plus, _load_factor(a_ptr, head, heads, C), C)
+    d_plus = d_plus.to(OPERAND)
+    # (v - m) dSᵀ = v dSᵀ - m dSᵀ with the same rounded dS: the mean cancels although v enters the product as it is
+    dz_plus = ((dz_plus - tl.sum(mean[:, None] * d_plus.to(tl.float32), 0)) * one)[None, :]
+    if C.SIGNED:
+        d_minus = d_minus.to(OPERAND)
+        dz_minus = (dz_minus - tl.sum(mean[:, None] * d_minus.to(tl.float32), 0)) * one
+        dz_plus = _vector_operand(tl.reshape(dz_plus, C.BLOCK_D), C.D, C.BLOCK_D, OPERAND, C)
+        dz_minus = _vector_operand(dz_minus, C.D, C.BLOCK_D, OPERAND, C)
+    da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    d_mean = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+
+    for start in range(begin, end, C.BLOCK_N):
+        n = start + tl.arange(0, C.BLOCK_N)
+        inside = n < end
+        mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
+        k = _to_product_layout(tl.load(k_ptr + k_tile, mask=mask, other=0.0), identity, OPERAND)
+        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
+        phi = PHI(k, a, C.EXPONENT)
+        w = None
+        if C.KEY_WEIGHT:
+            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C.D, C)
+        if C.SOFTMAX:
+            w = tl.exp2(_by_head(phi * query_mean, C.D, C) - logarithm)
+            w = _to_columns(tl.where(inside[:, None], w, 0.0), C.D, C)
+        turned = phi
+        if C.ROPE:
+            cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
+            rope_ptr = _next(rope_ptr, rope_strides, C)
+            turned = _turn(phi, cos, sin, C)
+        phi_plus, phi_minus = _operands(turned, w, OPERAND, C)
+        dv = tl.dot(phi_plus, tl.trans(d_plus), input_precision=PRECISION)
+        if C.SIGNED:
+            dv = tl.dot(phi_minus, tl.trans(d_minus), dv, input_precision=PRECISION)
+        tl.store(dv_ptr + dv_tile, (dv * scale).to(dv_ptr.dtype.element_ty), mask=v_mask)
+        if C.SIGNED:
+            d_phi = tl.dot(v, d_plus, _repeated(dz_plus, PRECISION, C), input_precision=PRECISION)
+            d_phi_minus = tl.dot(v, d_minus, _repeated(dz_minus, PRECISION, C), input_precision=PRECISION)
+            d_phi = _of_sign(k, d_phi, d_phi_minus)
+        else:
+            d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
+        if C.ROPE:
+            d_phi = _turn(d_phi, cos, -sin, C)
+        if C.DECOUPLED:
+            d_denominator = tl.broadcast_to(dz_plus, C.BLOCK_N, C.BLOCK_D)
+            tl.store(dkd_ptr + dkd_tile, d_denominator.to(dkd_ptr.dtype.element_ty), mask=mask)
+        elif C.NORMALIZE and not C.SIGNED:
+            d_phi += dz_plus
+        if C.KEY_WEIGHT:
+            _store_weight(dwk_ptr, dwk_strides, head, heads, inside, _by_head(d_phi * phi, C.D, C), C)
+            d_phi *= w
+        if C.SOFTMAX:
+            ds = w * (_to_columns(_by_head(d_phi * phi, C.D, C) - average, C.D, C))
+            d_mean += _by_eighth(ds * phi, C)
+            d_phi = d_phi * w + ds * (query_mean * 0.6931471805599453)
+        dk, da_rows = _features_backward(k, a, phi, d_phi, PHI_DX, PHI_DA, C)
+        if C.SIGNED:
+            da += _by_eighth(da_rows, C)
+        tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
+        dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
+        if C.DECOUPLED:
+            dkd_ptr = _next(dkd_ptr, dkd_strides, C)
+        if C.KEY_WEIGHT:
+            wk_ptr, dwk_ptr = _next(wk_ptr, wk_strides, C), _next(dwk_ptr, dwk_strides, C)
+
+    da = _sum_eighths(da)
+    if C.SIGNED:
+        da *= 0.6931471805599453
+    return da, _sum_eighths(d_mean)

@@ -1,0 +1,502 @@
+"""Linear attention in Triton: what its kernels are made of, tiles of rows, features and states.
+
+For names and the layout of tiles see triton_kernels.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flash_bla.ops.triton_support import INTERPRETING, fast_rounded_positive_part, jit, tl
+
+
+class Config(NamedTuple):
+    """What is fixed when a kernel is compiled; BLOCK_* are the sides of the tiles."""
+
+    D: int
+    DV: int
+    GROUP: int
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    EXPONENT: int
+    SIGNED: bool
+    PARAMETER: bool
+    NORMALIZE: bool
+    CENTER: bool
+    ROPE: bool
+    DECOUPLED: bool
+    QUERY_WEIGHT: bool
+    KEY_WEIGHT: bool
+    SOFTMAX: bool  # keys: weights are a softmax of their products with the queries' mean
+    VARLEN: bool
+    MEAN: bool  # s = 1 / M
+    FEW: bool  # keys: z sums rounded features
+    WIDE: bool  # tiles that span 2³¹ elements and more
+
+
+# --- rows, columns, heads ---------------------------------------------------------------------------------------------
+# Strides come as tuples in the order (batch, head, row, column).
+
+
+@jit
+def _place(heads, cu_seqlens, length, C: tl.constexpr):
+    """Sequence, batch index, first of the group's heads, first row and number of rows of this program."""
+    groups = tl.cdiv(heads, C.GROUP)
+    sequence = (tl.program_id(0) // groups).to(tl.int64)
+    head = tl.program_id(0) % groups * C.GROUP
+    if C.VARLEN:
+        first = tl.load(cu_seqlens + sequence)
+        return sequence, 0, head, first, tl.load(cu_seqlens + sequence + 1) - first
+    else:
+        return sequence, sequence, head, 0, length
+
+
+@jit
+def _share(count, C: tl.constexpr):
+    """First row and end of this program's split: whole blocks, spread evenly over the splits."""
+    chunk = tl.cdiv(tl.cdiv(count, tl.num_programs(1)), C.BLOCK_N) * C.BLOCK_N
+    begin = tl.program_id(1) * chunk
+    return begin, tl.minimum(begin + chunk, count)
+
+
+@jit
+def _columns(head, heads, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    """Head (from the group's first) and channel of each column of a tile, and whether it exists."""
+    column = tl.arange(0, BLOCK)
+    if C.GROUP == 1:
+        return column * 0, column, column < D
+    else:
+        return column // D, column % D, head + column // D < heads
+
+
+@jit
+def _offsets(head, channel, strides, C: tl.constexpr):
+    """Offsets in a tile from its first row and head."""
+    if C.WIDE:
+        rows, columns = tl.arange(0, C.BLOCK_N).to(tl.int64), (head.to(tl.int64), channel.to(tl.int64))
+    else:
+        rows, columns = tl.arange(0, C.BLOCK_N), (head, channel)
+    return (rows * strides[2])[:, None] + (columns[0] * strides[1] + columns[1] * strides[3])[None, :]
+
+
+@jit
+def _identity(BLOCK: tl.constexpr, OPERAND: tl.constexpr, TYPE: tl.constexpr):
+    if OPERAND == tl.bfloat16:
+        i = tl.arange(0, BLOCK)
+        return tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(TYPE)
+    else:
+        return 0.0
+
+
+@jit
+def _to_product_layout(x, identity, OPERAND: tl.constexpr):
+    """x in float32, in the register layout of a product's result: as its product with the identity."""
+    if OPERAND == tl.bfloat16:
+        return tl.dot(x, identity)
+    else:
+        return x.to(tl.float32)
+
+
+@jit
+def _start(pointer, strides, batch, head, row):
+    return pointer + batch * strides[0] + head.to(tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
+
+
+@jit
+def _next(pointer, strides, C: tl.constexpr):
+    return pointer + tl.full((), C.BLOCK_N, tl.int64) * strides[2]
+
+
+@jit
+def _zeros(rows: tl.constexpr, columns: tl.constexpr):
+    return tl.zeros((rows, columns), tl.float32)
+
+
+@jit
+def _by_head(x, D: tl.constexpr, C: tl.constexpr):
+    """Sums of a tile's columns by head: (rows, columns) to (rows, GROUP)."""
+    if C.GROUP == 1:
+        return tl.sum(x, 1)[:, None]
+    else:
+        return tl.sum(tl.reshape(x, x.shape[0], C.GROUP, D), 2)
+
+
+@jit
+def _by_sixteenth(x, C: tl.constexpr):
+    """Sums over rows as far as a thread holds several of them in the layout of a load: to (16, columns)."""
+    return tl.sum(tl.reshape(x, C.BLOCK_N // 16, 16, C.BLOCK_D), 0)
+
+
+@jit
+def _zeros3(blocks: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+    return tl.zeros((blocks, rows, columns), tl.float32)
+
+
+@jit
+def _by_eighth(x, C: tl.constexpr):
+    """The same in the layout of a product: to (rows / 16, 8, columns)."""
+    return tl.sum(tl.reshape(x, C.BLOCK_N // 16, 2, 8, C.BLOCK_D), 1)
+
+
+@jit
+def _sum_eighths(x):
+    return tl.sum(tl.sum(x, 0), 0)
+
+
+@jit
+def _add(a, b, c, d):
+    return a + c, b + d
+
+
+@jit
+def _both_by_head(x, y, D: tl.constexpr, C: tl.constexpr):
+    """``_by_head`` of two tiles, in one reduction: so the compiler gives both the same layout."""
+    if C.GROUP == 1:
+        x, y = tl.reduce((x, y), 1, _add)
+        return x[:, None], y[:, None]
+    else:
+        x, y = tl.reshape(x, x.shape[0], C.GROUP, D), tl.reshape(y, y.shape[0], C.GROUP, D)
+        return tl.reduce((x, y), 2, _add)
+
+
+if INTERPRETING:  # a reduction of two takes the interpreter minutes
+
+    @jit
+    def _both_by_head(x, y, D: tl.constexpr, C: tl.constexpr):
+        return _by_head(x, D, C), _by_head(y, D, C)
+
+
+@jit
+def _to_columns(x, D: tl.constexpr, C: tl.constexpr):
+    """A number for each head to the columns of a tile: (rows, GROUP) to what broadcasts with (rows, columns)."""
+    if C.GROUP == 1:
+        return x
+    else:
+        x = tl.broadcast_to(x[:, :, None], x.shape[0], C.GROUP, D)
+        return tl.reshape(x, x.shape[0], C.GROUP * D)
+
+
+@jit
+def _load_weight(w_ptr, strides, head, heads, inside, other, C: tl.constexpr):
+    """Weights (rows, GROUP)."""
+    if C.GROUP == 1:  # a vector, or else all threads that share a row would load and compute with its weight
+        rows = tl.arange(0, C.BLOCK_N)
+        rows = rows.to(tl.int64) if C.WIDE else rows
+        return tl.load(w_ptr + rows * strides[2], mask=inside, other=other)[:, None]
+    h = tl.arange(0, C.GROUP)
+    mask = inside[:, None] & (head + h < heads)[None, :]
+    return tl.load(w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C), mask=mask, other=other)
+
+
+@jit
+def _store_weight(w_ptr, strides, head, heads, inside, dw, C: tl.constexpr):
+    h = tl.arange(0, C.GROUP)
+    mask = inside[:, None] & (head + h < heads)[None, :]
+    tl.store(w_ptr + _offsets(h, h * 0, (0, strides[1], strides[2], 0), C), dw, mask=mask)
+
+
+# --- features ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _turn(x, cos, sin, C: tl.constexpr):
+    """Turns adjacent pairs of columns."""
+    even, odd = tl.split(tl.reshape(x, C.BLOCK_N, C.BLOCK_D // 2, 2))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), C.BLOCK_N, C.BLOCK_D)
+
+
+@jit
+def _load_rope(pointers, mask, identity, OPERAND: tl.constexpr, C: tl.constexpr):
+    """Cosines and sines of a tile's pairs of columns, in a product's layout if ``identity`` is a matrix."""
+    rope = tl.load(pointers, mask=mask, other=0.0)
+    if OPERAND == tl.bfloat16 and identity is not None:
+        rope = tl.dot(rope, identity)
+    return tl.split(tl.reshape(rope.to(tl.float32), C.BLOCK_N, C.BLOCK_D // 2, 2))
+
+
+@jit
+def _load_parameter(a_ptr, head, heads, C: tl.constexpr):
+    """The map's parameter for each column, (1, BLOCK_D): the power of ``SIGNED``, or the focusing map's scale."""
+    if C.PARAMETER:
+        h, channel, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+        return tl.load(a_ptr + (head + h) * C.D + channel, mask=exists, other=1.0)[None, :]
+    else:
+        return 1.0
+
+
+@jit
+def _load_factor(a_ptr, head, heads, C: tl.constexpr):
+    """What the focusing map's features lack, (1, BLOCK_D): states are multiplied with it, which are smaller."""
+    if C.PARAMETER and not C.SIGNED:
+        inverse = 1.0 / _load_parameter(a_ptr, head, heads, C)
+        factor = inverse
+        for _ in tl.static_range(C.EXPONENT - 1):
+            factor = factor * inverse
+        return factor
+    else:
+        return 1.0
+
+
+@jit
+def _times_factor(state, z, factor, C: tl.constexpr):
+    if C.PARAMETER and not C.SIGNED:
+        return state * factor, z * tl.reshape(factor, C.BLOCK_D)
+    else:
+        return state, z
+
+
+@jit
+def _signs(phi, C: tl.constexpr):
+    """φ(x), and φ(-x) if ``SIGNED``: one of them is zero, and ``phi`` their difference."""
+    if C.SIGNED:
+        return tl.maximum(phi, 0.0), tl.maximum(-phi, 0.0)
+    else:
+        return phi, 0.0
+
+
+@jit
+def _operands(phi, w, OPERAND: tl.constexpr, C: tl.constexpr):
+    """The same as operands, times the weight, if any."""
+    if C.SIGNED and w is None:
+        return fast_rounded_positive_part(phi, OPERAND), fast_rounded_positive_part(-phi, OPERAND)
+    else:
+        plus, minus = _signs(phi, C)
+        if w is not None:
+            plus, minus = plus * w, minus * w
+        return plus.to(OPERAND), minus.to(OPERAND) if C.SIGNED else 0.0
+
+
+@jit
+def _of_sign(x, plus, minus):
+    """``plus`` where x is positive, and -``minus`` elsewhere."""
+    chosen = tl.where(x > 0.0, plus, minus).to(tl.int32, bitcast=True)
+    return (chosen ^ (x.to(tl.int32, bitcast=True) & -(2**31))).to(tl.float32, bitcast=True)
+
+
+@jit
+def _add_rows(z, features, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr):
+    """z plus the features' sums over rows: in each of 64 rows all of it for ``FEW``, and otherwise parts in 16.
+
+    Of few tokens z must sum features rounded as those that S sums; of many the difference averages out.
+    """
+    if C.FEW:
+        return tl.dot(tl.full((64, C.BLOCK_N), 1.0, OPERAND), features.to(OPERAND), z, input_precision=PRECISION)
+    else:
+        return z + _by_sixteenth(features, C)
+
+
+@jit
+def _features_backward(x, a, phi, d_phi, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, C: tl.constexpr):
+    """Gradients by x and by the map's parameter, the latter of each element, from φ(x) and the gradient by it."""
+    if C.SIGNED:
+        return d_phi * PHI_DX(x, phi, a, C.EXPONENT), d_phi * PHI_DA(x, phi, a, C.EXPONENT)
+    else:
+        return d_phi * PHI_DX(x, phi, a, C.EXPONENT), 0.0
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+# In memory (B, H, SIGNS, ROWS, D): S, z as its next row, and of ``SOFTMAX`` two more: the queries' mean, and the
+# logarithm of the exponentials' sum. Those of splits stand one after the other; they have the logarithm alone, twice.
+
+
+@jit
+def _state_rows(C: tl.constexpr):
+    return C.DV + (3 if C.SOFTMAX else 1)
+
+
+@jit
+def _state_offsets(head, heads, C: tl.constexpr):
+    """Offsets of S₊ from the first head's, those of z₊, and which exist; S₋ and z₋ come (DV + 1) D later."""
+    SIGNS: tl.constexpr = 2 if C.SIGNED else 1
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    offsets = ((hv * SIGNS * _state_rows(C) + c) * C.D)[:, None] + d[None, :]
+    mask = exists_v[:, None] & exists[None, :] & (hv[:, None] == h[None, :])
+    return offsets, mask, (h * SIGNS * _state_rows(C) + C.DV) * C.D + d, exists
+
+
+@jit
+def _load_state(state_ptr, at, head, heads, C: tl.constexpr):
+    """S₊, S₋, z₊, z₋ of the group whose first head is the ``at``-th."""
+    offsets, mask, z_offsets, exists = _state_offsets(head, heads, C)
+    state_ptr += at * ((2 if C.SIGNED else 1) * _state_rows(C) * C.D)
+    plus = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+    z_plus = tl.load(state_ptr + z_offsets, mask=exists, other=0.0)
+    if C.SIGNED:
+        state_ptr += (C.DV + 1) * C.D
+        minus = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+        z_minus = tl.load(state_ptr + z_offsets, mask=exists, other=0.0)
+        return plus, minus, z_plus, z_minus
+    else:
+        return plus, 0.0, z_plus, 0.0
+
+
+@jit
+def _store_state(state_ptr, at, head, heads, plus, minus, z_plus, z_minus, C: tl.constexpr):
+    offsets, mask, z_offsets, exists = _state_offsets(head, heads, C)
+    state_ptr += at * ((2 if C.SIGNED else 1) * _state_rows(C) * C.D)
+    tl.store(state_ptr + offsets, plus, mask=mask)
+    tl.store(state_ptr + z_offsets, z_plus, mask=exists)
+    if C.SIGNED:
+        state_ptr += (C.DV + 1) * C.D
+        tl.store(state_ptr + offsets, minus, mask=mask)
+        tl.store(state_ptr + z_offsets, z_minus, mask=exists)
+
+
+@jit
+def _load_softmax(state_ptr, at, head, heads, C: tl.constexpr):
+    """The queries' mean, (1, BLOCK_D), and the logarithm of each head, (1, GROUP)."""
+    _, _, z_offsets, exists = _state_offsets(head, heads, C)
+    state_ptr += at * (_state_rows(C) * C.D)
+    h = tl.arange(0, C.GROUP)
+    logarithm = tl.load(state_ptr + ((h + 1) * _state_rows(C) - 1) * C.D, mask=head + h < heads, other=0.0)
+    return tl.load(state_ptr + z_offsets + C.D, mask=exists, other=0.0)[None, :], logarithm[None, :]
+
+
+@jit
+def _sum_splits(pointers, stride, splits, exists):
+    """The sum over splits of a vector: of the first split at these pointers, of each next one ``stride`` later."""
+    total = _zeros(8, pointers.shape[0])
+    for first in range(0, splits, 8):
+        split = first + tl.arange(0, 8)
+        mask = (split < splits)[:, None] & exists[None, :]
+        total += tl.load(pointers[None, :] + split.to(tl.int64)[:, None] * stride, mask=mask, other=0.0)
+    return tl.sum(total, 0)
+
+
+@jit
+def _sum_query_splits(x_ptr, at, splits, head, heads, C: tl.constexpr):
+    """The sum over splits of vectors (splits, B, H, D) for the group whose first head is the ``at``-th."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    sequences = (tl.num_programs(0) // tl.cdiv(heads, C.GROUP)).to(tl.int64)
+    return _sum_splits(x_ptr + (at + h) * C.D + d, sequences * heads * C.D, splits, exists)
+
+
+@jit
+def _mask_heads(state, C: tl.constexpr):
+    """Zero where a row and a column are not of the same head."""
+    if C.GROUP == 1:
+        return state
+    else:
+        hv, h = tl.arange(0, C.BLOCK_DV) // C.DV, tl.arange(0, C.BLOCK_D) // C.D
+        return tl.where(hv[:, None] == h[None, :], state, 0.0)
+
+
+@jit
+def _first_half(C: tl.constexpr):
+    """Which of the values' channels are in the first half of their head's."""
+    return tl.arange(0, C.BLOCK_DV) % C.DV < C.DV // 2
+
+
+@jit
+def _swap_halves(plus, minus, C: tl.constexpr):
+    """Sums over φ(k) and φ(-k) to S₊ and S₋, and back."""
+    if C.SIGNED:
+        first = _first_half(C)[:, None]
+        return tl.where(first, plus, minus), tl.where(first, minus, plus)
+    else:
+        return plus, minus
+
+
+@jit
+def _center(plus, minus, z_plus, z_minus, C: tl.constexpr):
+    """S - z m, and the values' mean m = Σ S / Σ z."""
+    if C.CENTER:
+        sums = tl.sum(tl.where(z_plus < 0.0, -1.0, 1.0)[None, :] * plus, 1)
+        total = _by_head(tl.abs(z_plus)[None, :], C.D, C)
+        if C.SIGNED:
+            sums += tl.sum(minus, 1)
+            total += _by_head(z_minus[None, :], C.D, C)
+        total = tl.reshape(tl.broadcast_to(_to_columns(total, C.DV, C), 1, C.BLOCK_DV), C.BLOCK_DV)
+        mean = tl.where(total > 0.0, sums / total, 0.0)
+        if C.SIGNED:
+            first = _first_half(C)[:, None]
+            plus -= mean[:, None] * tl.where(first, z_plus[None, :], z_minus[None, :])
+            minus -= mean[:, None] * tl.where(first, z_minus[None, :], z_plus[None, :])
+            return _mask_heads(plus, C), _mask_heads(minus, C), mean
+        else:
+            return _mask_heads(plus - mean[:, None] * z_plus[None, :], C), minus, mean
+    else:
+        return plus, minus, tl.sum(_zeros(1, C.BLOCK_DV), 0)
+
+
+# --- products with vectors --------------------------------------------------------------------------------------------
+# A vector for each head becomes the 16 columns of a matrix: (head, part), with what a bfloat16 rounds off as the second
+# part.
+
+
+@jit
+def _vector_operand(x, D: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr):
+    """The matrix (BLOCK, 16) of a vector of BLOCK elements, D for each head."""
+    PARTS: tl.constexpr = 16 // C.GROUP
+    return _vector_columns(x[:, None] + _zeros(1, 16), tl.arange(0, 16) % PARTS, D, BLOCK, OPERAND, C)
+
+
+@jit
+def _vector_columns(x, part, D: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr):
+    PARTS: tl.constexpr = 16 // C.GROUP
+    if C.GROUP > 1:
+        x = tl.where((tl.arange(0, BLOCK) // D)[:, None] == (tl.arange(0, 16) // PARTS)[None, :], x, 0.0)
+    rounded = x.to(OPERAND)
+    rest = (x - rounded.to(tl.float32)).to(OPERAND)
+    return tl.where((part == 0)[None, :], rounded, tl.where((part == 1)[None, :], rest, 0.0))
+
+
+@jit
+def _signed_vector_operands(z_plus, z_minus, OPERAND: tl.constexpr, C: tl.constexpr):
+    """The matrices (BLOCK_D, 16) that φ(x) and φ(-x) are to be multiplied with, with columns (head, part, half)."""
+    column = tl.arange(0, 16)
+    first, part = (column % 2 == 0)[None, :], column % (16 // C.GROUP) // 2
+    z_plus, z_minus = z_plus[:, None], z_minus[:, None]
+    plus = _vector_columns(tl.where(first, z_plus, z_minus), part, C.D, C.BLOCK_D, OPERAND, C)
+    return plus, _vector_columns(tl.where(first, z_minus, z_plus), part, C.D, C.BLOCK_D, OPERAND, C)
+
+
+@jit
+def _weight_operand(x, OPERAND: tl.constexpr, C: tl.constexpr):
+    """Numbers for each head, (rows, GROUP), as what is multiplied with a transposed ``_vector_operand``."""
+    x = tl.broadcast_to(x[:, :, None], C.BLOCK_N, C.GROUP, 16 // C.GROUP)
+    return tl.reshape(x, C.BLOCK_N, 16).to(OPERAND)
+
+
+@jit
+def _vector_product(x, operand, PRECISION: tl.constexpr, C: tl.constexpr):
+    """The products of a tile's rows with the vector, by head: (rows, GROUP)."""
+    products = tl.dot(x, operand, input_precision=PRECISION)
+    if C.GROUP == 1:
+        return tl.sum(products, 1)[:, None]
+    else:
+        return tl.sum(tl.reshape(products, C.BLOCK_N, C.GROUP, 16 // C.GROUP), 2)
+
+
+@jit
+def _signed_denominators(phi_plus, phi_minus, operands, eps, PRECISION: tl.constexpr, C: tl.constexpr):
+    """[φ(q), φ(-q)] · z and [φ(-q), φ(q)] · z + ε: those of the first and of the second half of the values' columns.
+
+    ``operands`` are the vectors that φ(q) and φ(-q) meet there, of ``_signed_vector_operands``.
+    """
+    products = tl.dot(phi_plus, operands[0], input_precision=PRECISION)
+    products = tl.dot(phi_minus, operands[1], products, input_precision=PRECISION)
+    first, second = tl.split(tl.reshape(products, C.BLOCK_N, C.GROUP, 8 // C.GROUP, 2))
+    return tl.sum(first, 2) + eps, tl.sum(second, 2) + eps
+
+
+@jit
+def _signed_operand(first, second, OPERAND: tl.constexpr, C: tl.constexpr):
+    """Numbers for each head and half, (rows, GROUP), as the columns (head, part, half) of an operand."""
+    x = tl.join(first, second)[:, :, None, :]
+    return tl.reshape(tl.broadcast_to(x, C.BLOCK_N, C.GROUP, 8 // C.GROUP, 2), C.BLOCK_N, 16).to(OPERAND)
+
+
+@jit
+def _repeated(operand, PRECISION: tl.constexpr, C: tl.constexpr):
+    """A tile whose rows all are the vector of ``_vector_operand``: a product, as whose sum others start for nothing."""
+    ones = tl.full((C.BLOCK_N, 16), 1.0, operand.dtype)
+    return tl.dot(ones, tl.trans(operand), input_precision=PRECISION)
+
+
+@jit
+def _times_halves(x, first, second, C: tl.constexpr):
+    """The values' columns times a number for each head and half."""
+    return tl.where(_first_half(C)[None, :], x * _to_columns(first, C.DV, C), x * _to_columns(second, C.DV, C))
