@@ -217,7 +217,6 @@ _TUNING = {
 # The same for what takes more registers: rotary encodings and the softmax, the focusing map, and the map of two signs.
 _TUNING_ROPE = _TUNING | {
     state_kernel: (_Tuning(64, 4, 2, 128), _Tuning(64, 4, 2, 128)),
-    output_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
 }
 _TUNING_FOCUSING = _TUNING | {
     state_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),

@@ -117,7 +117,7 @@ def norm_ratio_kernel(
     k_ptr, k_offsets = _start(k_ptr, k_strides, begin), _offsets(k_strides, W)
     ratio_ptr += tl.program_id(1).to(tl.int64) * (query_length + key_length)
     step = tl.full((), W.BLOCK_N, tl.int64)
-    for start in tl.range(begin, end, W.BLOCK_N, num_stages=W.STAGES):
+    for start in tl.range(begin, end, W.BLOCK_N, num_stages=3):
         n = start + tl.arange(0, W.BLOCK_N)
         _write_ratios(q_ptr, q_offsets, n < query_length, inverses, least, ratio_ptr + start, W)
         _write_ratios(k_ptr, k_offsets, n < key_length, inverses, least, ratio_ptr + query_length + start, W)
@@ -163,7 +163,7 @@ def norm_ratio_gradient_kernel(
     BLOCK: tl.constexpr = 128 if LOG else 1 << 30
     for first in range(begin, end, BLOCK):
         last = _last_row(dr_ptr, h, first, end, BLOCK, HEADS) if LOG else end
-        for start in tl.range(first, last, W.BLOCK_N, num_stages=W.STAGES):
+        for start in tl.range(first, last, W.BLOCK_N, num_stages=1 if LOG else 3):
             inside = start + rows < end
             dr = tl.load(dr_ptr + (start + rows)[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=0.0)
             dr = tl.sum(dr, 0)
@@ -206,7 +206,6 @@ class _Width(NamedTuple):
     BLOCK_N: int
     ROWS: int  # of a tile that the threads of 4 warps load at a time, 16 bytes each
     P: int
-    STAGES: int = 3
 
 
 def _width(x: Tensor, packed: bool, exponent: int, gradient: bool = False) -> _Width:
