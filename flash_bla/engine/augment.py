@@ -78,7 +78,7 @@ class Draws:
     def _bits(self, count: int) -> Tensor:
         places = torch.arange(self.drawn + 1, self.drawn + count + 1, device=self.keys.device)
         self.drawn += count
-        return _mixed(self.keys[:, None] + places)  # a range times more than 32 bits is beyond the inductor on GPUs
+        return _mixed(self.keys[:, None] + places)
 
     def uniform(self, count: int) -> Tensor:
         """(B, count) numbers in [0, 1)."""
@@ -189,14 +189,11 @@ class DeviceAugmentation:
         return images
 
 
-def device_augmentation(
-    config: TrainConfig, data: dict[str, Any], device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """What a run augments on the device, compiled if its model is; None where it augments on the host."""
+def device_augmentation(config: TrainConfig, data: dict[str, Any], device: torch.device) -> DeviceAugmentation | None:
+    """What a run augments on the device; None where it augments on the host."""
     if not (config.device_augment or config.in_memory):
         return None
-    augment = DeviceAugmentation(config, data, device)
-    return torch.compile(augment.__call__) if config.compile else augment
+    return DeviceAugmentation(config, data, device)
 
 
 def _read_policy(text: str) -> RandAugment:

@@ -170,16 +170,6 @@ def test_an_image_does_not_depend_on_its_batch(grey, in_memory):
     assert torch.equal(torch.cat([augment(images[:5], keys[:5]), augment(images[5:], keys[5:])]), whole)
 
 
-def test_it_compiles_as_one_graph():
-    augment = DeviceAugmentation(TrainConfig(in_memory=True, **FULL), DATA, CPU)
-    images, keys = as_batch(pictures() * 2), torch.arange(8)
-    compiled = torch.compile(augment.__call__, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images, keys), augment(images, keys))
-
-
-# In training ---------------------------------------------------------------------------------------------------------
-
-
 def batches(config: TrainConfig, start=(0, 0), count: int = 2, processes: Processes | None = None) -> list:
     data = {"input_size": [1, 8, 8], "mean": [0.5], "std": [0.25], "interpolation": "bicubic", "mode": "L"}
     dataset = open_dataset(config, training=True)
