@@ -96,11 +96,11 @@ def measure(
     first = timing.finished_seconds(step, device)
     empty_cache(device)
     wait()
+    if device.type == "cuda":  # before the graphs are recorded, since a replay allocates nothing
+        torch.cuda.reset_peak_memory_stats(device)
     for _ in range(WARM_UP):
         step()
     timing.synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     start, steps = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         step()
