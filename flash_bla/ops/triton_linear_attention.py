@@ -139,7 +139,7 @@ class _Problem(NamedTuple):
         # packed tokens that belong to no sequence must not come out as garbage
         return (memory.new_empty if self.cu_seqlens is None else memory.new_zeros)(shape, dtype=dtype)
 
-    def plan(self, kernel) -> tuple[Config, _Tuning]:
+    def plan(self, kernel) -> tuple[Config, Tuning]:
         _, H, _, D = self.q.shape
         flags = (
             self.exponent, self.signs == 2, self.parameter is not None, self.normalize,
@@ -149,7 +149,7 @@ class _Problem(NamedTuple):
             self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
             any(_is_wide(x) for x in (self.q, self.k, self.v)),
         )  # fmt: skip
-        return _plan(kernel, D, self.v.shape[3], H, self.q.dtype, flags)
+        return plan(kernel, D, self.v.shape[3], H, self.q.dtype, flags)
 
     def programs(self, C: Config) -> int:
         return self.sequences * cdiv(self.q.shape[1], C.GROUP)
@@ -190,7 +190,7 @@ def _rope_strides(table: Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0 if table.shape[0] == 1 else table.stride(0), table.stride(1), 1)
 
 
-class _Tuning(NamedTuple):
+class Tuning(NamedTuple):
     """How a kernel runs fastest: found on an H200 for bfloat16 and elu + 1."""
 
     width: int  # of the tiles, to which narrow heads are joined
@@ -200,47 +200,50 @@ class _Tuning(NamedTuple):
     persistent: bool = False  # no more programs than are resident
 
 
-# For tiles of at most 32 columns, and for wider ones.
-_TUNING = {
-    query_sum_kernel: (_Tuning(64, 8, 1, None), _Tuning(64, 8, 1, None)),
-    state_kernel: (_Tuning(64, 2, 3, None), _Tuning(64, 2, 3, None)),
-    output_kernel: (_Tuning(64, 4, 3, 128), _Tuning(64, 4, 3, 128)),
-    query_gradient_kernel: (_Tuning(32, 4, 3, 128), _Tuning(32, 2, 3, None)),
-    key_gradient_kernel: (_Tuning(32, 3, 3, 168), _Tuning(32, 2, 3, None)),
-    forward_kernel: (_Tuning(64, 4, 3, 128), _Tuning(64, 4, 3, 128)),
-    backward_kernel: (_Tuning(64, 2, 3, None), _Tuning(64, 2, 3, None)),
-    single_forward_kernel: (_Tuning(0, 5, 2, None, True), _Tuning(0, 3, 2, None, True)),
-    single_backward_kernel: (_Tuning(0, 4, 1, 128), _Tuning(0, 2, 1, None)),
+# For tiles of at most 32 columns, and for wider ones; `python -m benchmarks.tune` finds those of another chip. Rotary
+# encodings and the softmax, the focusing map, and the map of two signs differ where they take more registers.
+_PLAIN = {
+    query_sum_kernel: (Tuning(64, 8, 1, None), Tuning(64, 8, 1, None)),
+    state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+    output_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
+    query_gradient_kernel: (Tuning(32, 4, 3, 128), Tuning(32, 2, 3, None)),
+    key_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
+    forward_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
+    backward_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+    single_forward_kernel: (Tuning(0, 5, 2, None, True), Tuning(0, 3, 2, None, True)),
+    single_backward_kernel: (Tuning(0, 4, 1, 128), Tuning(0, 2, 1, None)),
 }
-
-
-# The same for what takes more registers: rotary encodings and the softmax, the focusing map, and the map of two signs.
-_TUNING_ROPE = _TUNING | {
-    state_kernel: (_Tuning(64, 4, 2, 128), _Tuning(64, 4, 2, 128)),
-}
-_TUNING_FOCUSING = _TUNING | {
-    state_kernel: (_Tuning(64, 4, 1, 128), _Tuning(64, 4, 1, 128)),
-    query_gradient_kernel: (_Tuning(32, 3, 2, 168), _Tuning(32, 2, 3, None)),
-}
-_TUNING_SIGNED = _TUNING | {
-    state_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
-    output_kernel: (_Tuning(64, 3, 3, 168), _Tuning(64, 3, 3, 168)),
-    query_gradient_kernel: (_Tuning(32, 3, 2, 168), _Tuning(32, 2, 3, None)),
-    key_gradient_kernel: (_Tuning(32, 2, 3, None), _Tuning(32, 2, 3, None)),
+TUNING = {
+    "plain": _PLAIN,
+    "rope": _PLAIN
+    | {
+        state_kernel: (Tuning(64, 4, 2, 128), Tuning(64, 4, 2, 128)),
+    },
+    "focusing": _PLAIN
+    | {
+        state_kernel: (Tuning(64, 4, 1, 128), Tuning(64, 4, 1, 128)),
+        query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
+    },
+    "signed": _PLAIN
+    | {
+        state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
+        output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
+        query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
+        key_gradient_kernel: (Tuning(32, 2, 3, None), Tuning(32, 2, 3, None)),
+    },
 }
 
 
 @lru_cache(maxsize=1024)
-def _plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, flags: tuple) -> tuple[Config, _Tuning]:
+def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, flags: tuple) -> tuple[Config, Tuning]:
     """Sides of the tiles, all of D and D_v and as many rows as a program's registers hold, and the tuning."""
     config = Config(D, D_v, 1, 0, 0, 0, *flags)
-    table = _TUNING
     if config.SIGNED:
-        table = _TUNING_SIGNED
+        table = TUNING["signed"]
     elif config.PARAMETER:
-        table = _TUNING_FOCUSING
-    elif config.ROPE or config.SOFTMAX:
-        table = _TUNING_ROPE
+        table = TUNING["focusing"]
+    else:
+        table = TUNING["rope" if config.ROPE or config.SOFTMAX else "plain"]
     group = 1
     if D == D_v and D in (8, 16, 32):
         group = min(max(1, table[kernel][0].width // D), 4, 1 << (heads.bit_length() - 1))
