@@ -94,6 +94,7 @@ def test_sigterm_ends_an_evaluation(train, load, monkeypatch):
 
 
 def test_signals(one_process):
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop = StopRequest(one_process)
     assert stop.agreed() == (False, False)
@@ -105,6 +106,7 @@ def test_signals(one_process):
         signal.pause()
     stop.close()
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    signal.signal(signal.SIGINT, outside)
 
 
 def test_checkpoints_within_an_epoch(train, load, on_loss):
