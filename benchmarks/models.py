@@ -325,8 +325,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    size, batch = text.split(":")
-    return int(size), int(batch)
+    try:
+        size, batch = map(int, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"side and batch, as 224:128, got {text!r}") from None
+    return size, batch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
