@@ -46,7 +46,7 @@ results: where layouts differ, the compiler computes features once for each.
 from __future__ import annotations
 
 from flash_bla.ops.triton_loops import differentiate_keys, differentiate_queries, sum_keys, write_output
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, share, tl
 from flash_bla.ops.triton_tiles import (
     _by_head,
     _by_sixteenth,
@@ -58,7 +58,6 @@ from flash_bla.ops.triton_tiles import (
     _next,
     _offsets,
     _place,
-    _share,
     _start,
     _state_rows,
     _store_state,
@@ -96,7 +95,7 @@ def query_sum_kernel(
 ):  # fmt: skip
     """Σ φ(q) over one split of the queries."""
     sequence, batch, head, first, count = _place(heads, None, query_length, C)
-    begin, end = _share(count, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
     total = _zeros(16, C.BLOCK_D)
@@ -126,7 +125,7 @@ def state_kernel(
 ):  # fmt: skip
     """The sums over one split of the keys."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    begin, end = _share(count, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     mean = 0.0
     if C.SOFTMAX:
         mean = _sum_query_splits(query_sum_ptr, sequence * heads + head, query_splits, head, heads, C)
@@ -198,7 +197,7 @@ def output_kernel(
 ):  # fmt: skip
     """The output for one split of the queries."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    begin, end = _share(count, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     plus, minus, z_plus, z_minus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
     write_output(
         q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
@@ -240,7 +239,7 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """The gradients of one split of the queries, its sums for the keys' gradients, and the values' mean."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    begin, end = _share(count, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
     plus, minus, z_plus, z_minus = _load_state(state_ptr, at, head, heads, C)
     plus, minus, mean = _center(plus, minus, z_plus, z_minus, C)
@@ -275,7 +274,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """The gradients of one split of the keys and values, and its sums for the gradient of the queries' mean."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    begin, end = _share(count, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
     d_plus, d_minus, dz_plus, dz_minus = _load_state(d_state_ptr, at, head, heads, C)
     hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, Record, cdiv, jit, multiprocessors, power_of_two, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, Record, cdiv, jit, multiprocessors, power_of_two, share, tl
 
 # Strides come as tuples in the order (batch, head, row, column).
 
@@ -87,14 +87,6 @@ def _load_u(x_ptr, offsets, inside, inverses, least, W: tl.constexpr):
 
 
 @jit
-def _share(length, W: tl.constexpr):
-    """First row and end of this program's share of a sequence: whole blocks, spread evenly."""
-    chunk = tl.cdiv(tl.cdiv(length, tl.num_programs(0)), W.BLOCK_N) * W.BLOCK_N
-    begin = tl.program_id(0) * chunk
-    return begin, tl.minimum(begin + chunk, length)
-
-
-@jit
 def _start(pointer, strides, row):
     return pointer + tl.program_id(1).to(tl.int64) * strides[0] + tl.cast(row, tl.int64) * strides[2]
 
@@ -112,7 +104,7 @@ def norm_ratio_kernel(
 ):  # fmt: skip
     """The ratios (B, N + M) of queries and keys: programs share the rows (axis 0) of a sequence (axis 1)."""
     inverses, least = _load_scale(scale_ptr, W)
-    begin, end = _share(tl.maximum(query_length, key_length), W)
+    begin, end = share(tl.maximum(query_length, key_length), tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
     q_ptr, q_offsets = _start(q_ptr, q_strides, begin), _offsets(q_strides, W)
     k_ptr, k_offsets = _start(k_ptr, k_strides, begin), _offsets(k_strides, W)
     ratio_ptr += tl.program_id(1).to(tl.int64) * (query_length + key_length)
@@ -152,7 +144,7 @@ def norm_ratio_gradient_kernel(
     """
     PARTS: tl.constexpr = W.PARTS
     inverses, least = _load_scale(scale_ptr, W)
-    begin, end = _share(length, W)
+    begin, end = share(length, tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
     rows, h = tl.arange(0, W.BLOCK_N), tl.arange(0, BLOCK_H)
     dr_ptr += tl.program_id(1).to(tl.int64) * HEADS * length + (h * length)[:, None]
     x_ptr, offsets = _start(x_ptr, x_strides, 0), _offsets(x_strides, W)

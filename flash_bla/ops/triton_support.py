@@ -77,6 +77,14 @@ def tile_pointers(base, rows, columns, stride_row, stride_column):
     return base + rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
 
 
+@jit
+def share(length, part, parts, BLOCK: tl.constexpr):
+    """First row and end of one of so many parts of a sequence: whole blocks, spread evenly."""
+    chunk = tl.cdiv(tl.cdiv(length, parts), BLOCK) * BLOCK
+    begin = part * chunk
+    return begin, tl.minimum(begin + chunk, length)
+
+
 def launch_options(
     num_warps: int, num_stages: int = 1, maxnreg: int | None = None, hip: bool = torch.version.hip is not None
 ) -> dict:

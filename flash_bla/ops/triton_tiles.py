@@ -53,14 +53,6 @@ def _place(heads, cu_seqlens, length, C: tl.constexpr):
 
 
 @jit
-def _share(count, C: tl.constexpr):
-    """First row and end of this program's split: whole blocks, spread evenly over the splits."""
-    chunk = tl.cdiv(tl.cdiv(count, tl.num_programs(1)), C.BLOCK_N) * C.BLOCK_N
-    begin = tl.program_id(1) * chunk
-    return begin, tl.minimum(begin + chunk, count)
-
-
-@jit
 def _columns(head, heads, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
     """Head (from the group's first) and channel of each column of a tile, and whether it exists."""
     column = tl.arange(0, BLOCK)
