@@ -91,10 +91,10 @@ def stages(images: TrainImages, paths: list[Path]) -> dict[str, float]:
     return {name: 1000 * seconds / len(paths) for name, seconds in spent.items()}
 
 
-def device_speed(config: TrainConfig, batch: int = 256) -> float:
+def device_speed(config: TrainConfig, side: int, batch: int) -> float:
     """Images a second that the GPU augments and normalises."""
-    augment = DeviceAugmentation(config, DATA, torch.device("cuda"))
-    images = torch.randint(256, (batch, *DATA["input_size"]), dtype=torch.uint8, device="cuda")
+    augment = DeviceAugmentation(config, DATA | {"input_size": [3, side, side]}, torch.device("cuda"))
+    images = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, device="cuda")
     keys = torch.arange(batch, device="cuda")
     for calls in (3, 30):  # the first ones to warm up
         torch.cuda.synchronize()
@@ -140,7 +140,11 @@ def main() -> None:
             for stage, spent in stages(one.dataset, paths).items():
                 print(f"  {stage:35s} {spent:5.2f}")
         if torch.cuda.is_available():
-            print(f"{torch.cuda.get_device_name()}: {device_speed(on_device):,.0f} images/s augmented and normalised")
+            print(f"{torch.cuda.get_device_name()}, images/s augmented and normalised:")
+            for side, batch in ((224, 256), (32, 1024)):
+                for title, graphs in (("launched one by one", False), ("as a CUDA graph", True)):
+                    config = replace(on_device, compile=graphs, cuda_graphs=graphs)
+                    print(f"  {batch} of {side} x {side} {title:20s} {device_speed(config, side, batch):9,.0f}")
 
 
 if __name__ == "__main__":

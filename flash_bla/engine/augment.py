@@ -116,10 +116,28 @@ class DeviceAugmentation:
             raise RunError("color_jitter: not on the device (--device-augment, --in-memory)")
         self.mean, self.std = (torch.tensor(data[name], device=device).view(-1, 1, 1) * 255 for name in ("mean", "std"))
         self.policy = _read_policy(config.aa) if config.aa else None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Images (B, C, H, W) of uint8 and their keys (B,) to augmented and normalised float32 images."""
+        """Images (B, C, H, W) of uint8 and their keys (B,) to augmented and normalised float32 images.
+
+        With `cuda_graphs` on a GPU all calls must have one shape, and write their result to the same memory: these are
+        hundreds of small kernels, whose launching takes longer than they do, and a graph launches them at once.
+        """
+        if not (self.config.cuda_graphs and images.is_cuda):
+            return self._augmented(images, keys)
+        if self.graph is None:
+            self._augmented(images, keys)  # what PyTorch sets up at its first calls cannot be recorded
+            self.inputs, self.graph = (images.clone(), keys.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the loader's thread may go on
+                self.result = self._augmented(*self.inputs)
+        for recorded, given in zip(self.inputs, (images, keys), strict=True):
+            recorded.copy_(given)
+        self.graph.replay()
+        return self.result
+
+    def _augmented(self, images: Tensor, keys: Tensor) -> Tensor:
         draws, images = Draws(keys), images.float()
         left_right, up_down = draws.uniform(2).unbind(1)
         flips = (left_right < self.config.hflip, up_down < self.config.vflip)
@@ -337,8 +355,8 @@ def _grey(images: Tensor) -> Tensor:
     """Luma as Pillow computes it, in whole numbers; all of it is exact in float32."""
     if images.shape[1] == 1:
         return images
-    weights = images.new_tensor(LUMA).view(-1, 1, 1)
-    return (((images * weights).sum(1, keepdim=True) + 32768) / 65536).floor()
+    luma = sum(weight * channel for weight, channel in zip(LUMA, images.split(1, dim=1), strict=True))
+    return ((luma + 32768) / 65536).floor()
 
 
 def _smoothed(images: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class TrainConfig(CommonConfig):
     grad_checkpointing: bool = setting("model", False, "recompute activations in the backward pass", free=True)
     compile: bool = setting("model", False, "torch.compile the model", free=True)
     cuda_graphs: bool = setting(
-        "model", False, "with --compile: replay the model's kernels as CUDA graphs, so that the host is not in the way",
+        "model", False, "with --compile: replay the kernels of model and augmentation as CUDA graphs, past the host",
         free=True,
     )  # fmt: skip
 
