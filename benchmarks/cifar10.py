@@ -3,9 +3,9 @@
 
     python benchmarks/cifar10.py --data-dir /data/cifar10 --precision bf16 --compile
 
-The model is that of configs/examples/pola_vit_tiny_cifar10.yaml with a convolutional stem, the recipe
-benchmarks/cifar10_recipes/adamw.yaml; all runs differ in the attention and the seed alone, or in the recipe where
-several are given, to find the best one:
+The model has the 7 blocks of width 256 of ViT-Lite-7 (Hassani et al., "Escaping the Big Data Paradigm with Compact
+Transformers", 2021) and a convolutional stem, the recipe is benchmarks/cifar10_recipes/muon.yaml; all runs differ in
+the attention and the seed alone, or in the recipe where several are given, to find the best one:
 
     python benchmarks/cifar10.py --data-dir /data/cifar10 --precision bf16 --compile --attentions linear softmax \
         --recipes benchmarks/cifar10_recipes/*.yaml --epochs 20 --runs-per-gpu 4 --output output/cifar10-recipes
@@ -52,6 +52,7 @@ from flash_bla.engine.logs import csv_text
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = Path(__file__).parent / "cifar10_recipes"
 ATTENTIONS = ("linear", "focused", "pola", "mlla", "rala", "softmax")
+MODEL = {"embed_dim": 256, "depth": 7, "num_heads": 4, "conv_stem": True}
 TAIL = 20  # lines of the log of a run that failed
 # Column of the table: what it shows of a row.
 COLUMNS = {
@@ -123,7 +124,7 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
     runs = []
     for attention in dict.fromkeys(args.attentions):
         content = load_yaml(config_path("examples/pola_vit_tiny_cifar10"))
-        content["model"] |= {"attention": attention, "conv_stem": True}
+        content["model"] |= MODEL | {"attention": attention}
         text, path = yaml.safe_dump(content), args.output / f"{attention}_conv_vit_tiny_cifar10.yaml"
         if path.exists() and path.read_text() != text:
             raise RunError(f"{path} is of another model; choose another --output")
@@ -262,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, required=True, help="has train/CLASS/*.jpg and test/CLASS/*.jpg")
     parser.add_argument("--attentions", nargs="+", default=ATTENTIONS, help=f"default: {' '.join(ATTENTIONS)}")
     parser.add_argument(
-        "--recipes", nargs="+", default=[str(RECIPES / "adamw.yaml")], help="names or files; default: adamw.yaml"
+        "--recipes", nargs="+", default=[str(RECIPES / "muon.yaml")], help="names or files; default: muon.yaml"
     )
     parser.add_argument("--runs-per-gpu", type=int, default=1, help="at a time; default: 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")

@@ -47,18 +47,18 @@ def test_runs_table_and_plot(data, tmp_path, monkeypatch, capsys):
     assert benchmark("linear", "pola", "linear") == 0
     rows = list(csv.DictReader((output / "table.csv").open()))
     for row, attention in zip(rows, ("linear", "pola"), strict=True):
-        folder = output / f"adamw-{attention}-seed0"
+        folder = output / f"muon-{attention}-seed0"
         summary = json.loads((folder / "summary.json").read_text())
         log = list(csv.DictReader((folder / "log.csv").open()))
-        assert (row["recipe"], row["attention"], row["seeds"], row["top1_std"]) == ("adamw", attention, "0", "")
+        assert (row["recipe"], row["attention"], row["seeds"], row["top1_std"]) == ("muon", attention, "0", "")
         assert (int(row["parameters"]), float(row["top1"])) == (summary["parameters"], summary["last"]["top1"])
         assert float(row["seconds"]) == float(log[1]["seconds"]) > float(log[0]["seconds"])
         assert summary["settings"]["model"] == f"{attention}_conv_vit_tiny_cifar10"
-        assert (summary["settings"]["in_memory"], summary["settings"]["opt"]) == (True, "adamw")
+        assert (summary["settings"]["in_memory"], summary["settings"]["opt"]) == (True, "nmuon")
         assert summary["settings"]["model_kwargs"] == {"embed_dim": 24, "depth": 1}
     assert int(rows[1]["parameters"]) > int(rows[0]["parameters"])  # pola has more than projections
     said = capsys.readouterr().out
-    assert "adamw, linear, seed 0: started on GPU 5" in said and "adamw, pola, seed 0: started on GPU 7" in said
+    assert "muon, linear, seed 0: started on GPU 5" in said and "muon, pola, seed 0: started on GPU 7" in said
     table = (output / "table.md").read_text()
     assert table in said and len(table.splitlines()) == 4
     with Image.open(output / "curves.png") as picture:
@@ -72,11 +72,11 @@ def test_runs_table_and_plot(data, tmp_path, monkeypatch, capsys):
     assert benchmark("softmax", "pola") == 1
     said = capsys.readouterr().out
     assert "2 runs, 1 of them complete" in said and "pola, seed 0" not in said
-    assert "adamw, softmax, seed 0: FAILED with exit code 1\n  | error: it went wrong" in said
+    assert "muon, softmax, seed 0: FAILED with exit code 1\n  | error: it went wrong" in said
     assert [row["attention"] for row in csv.DictReader((output / "table.csv").open())] == ["pola"]
 
     # A run of other settings is not taken for one of these, and what cannot run is noticed before anything starts.
-    with pytest.raises(RunError, match=r"pola-seed0 holds another run(.|\n)*lr: 0.002 -> 0.1"):
+    with pytest.raises(RunError, match=r"pola-seed0 holds another run(.|\n)*lr: 0.006 -> 0.1"):
         benchmark("pola", flags=["--lr", "0.1"])
     with pytest.raises(RunError, match="total_batch: 20 -> 10"):
         benchmark("pola", flags=["--batch-size", "10"])
@@ -190,6 +190,6 @@ def test_every_candidate_can_be_run(data, tmp_path):
     recipes = sorted(map(str, cifar10.RECIPES.glob("*.yaml")))
     args = argparse.Namespace(attentions=["linear"], recipes=recipes, seeds=[0], data_dir=data, output=tmp_path)
     runs = cifar10.plan(args, TINY)
-    assert len({str(run.config) for run in runs}) == len(recipes) > 2
+    assert len({str(run.config) for run in runs}) == len(recipes) > 1
     assert all(run.config.in_memory and run.config.epochs == 2 for run in runs)
-    assert [run.folder.name for run in runs][:2] == ["adamw-linear-seed0", "adamw_high_lr-linear-seed0"]
+    assert [run.folder.name for run in runs] == ["adamw-linear-seed0", "muon-linear-seed0"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -22,13 +21,14 @@ __all__ = ["VisionTransformer"]
 
 
 class ConvStem(PatchEmbed):
-    """Patch embedding by overlapping convolutions: 3 x 3 of stride 2, each with batch norm and ReLU, then 1 x 1.
+    """Patch embedding by overlapping 3 x 3 convolutions, each with batch norm and ReLU, then one of 1 x 1.
 
-    Each but the last has half the channels of the one after it. ``(B, C, H, W)`` to ``(B, H/P, W/P, embed_dim)`` for
+    Each of stride 2 doubles the channels up to ``embed_dim``. One of stride 1 stands before them and one after each,
+    without which a model of small images sees too little of them. ``(B, C, H, W)`` to ``(B, H/P, W/P, embed_dim)`` for
     patches of ``P`` = 2, 4, 8, ...; sides that are no multiple of P are padded.
 
     Reference:
-        Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021.
+        Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021, whose stem has those of stride 2.
     """
 
     def __init__(
@@ -46,17 +46,19 @@ class ConvStem(PatchEmbed):
         super().__init__(img_size, patch_size, in_chans, embed_dim, bias=bias, **kwargs, **dd)
         height, width = self.patch_size
         depth = height.bit_length() - 1
-        if height != width or height != 2**depth or not depth or embed_dim % 2 ** (depth - 1):
+        if height != width or height != 2**depth or not depth or embed_dim % 2**depth:
             raise ValueError(
-                f"conv_stem halves the sides of an image to patches of 2, 4, 8, ..., and halves embed_dim once less; "
+                f"conv_stem halves the sides of an image to patches of 2, 4, 8, ..., and embed_dim as often; "
                 f"got patch_size={patch_size} and embed_dim={embed_dim}"
             )
-        widths = [embed_dim >> (depth - 1 - i) for i in range(depth)]
-        self.proj = nn.Conv2d(in_chans, widths[0], 3, 2, 1, bias=False, **dd)
-        layers = [nn.BatchNorm2d(widths[0], **dd), nn.ReLU()]
-        for width, next_width in pairwise(widths):
-            layers += [nn.Conv2d(width, next_width, 3, 2, 1, bias=False, **dd)]
-            layers += [nn.BatchNorm2d(next_width, **dd), nn.ReLU()]
+        width = embed_dim >> depth
+        options = {"kernel_size": 3, "padding": 1, "bias": False, **dd}
+        convs = [nn.Conv2d(in_chans, width, **options)]
+        for _ in range(depth):
+            convs += [nn.Conv2d(width, 2 * width, stride=2, **options), nn.Conv2d(2 * width, 2 * width, **options)]
+            width *= 2
+        layers = [layer for conv in convs for layer in (conv, nn.BatchNorm2d(conv.out_channels, **dd), nn.ReLU())]
+        self.proj = layers.pop(0)
         self.convs = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1, bias=bias, **dd))
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:

@@ -300,19 +300,21 @@ def test_copies_are_independent():
     assert clone.pos_embed.shape[1] == 36 and model.pos_embed.shape[1] == 16
 
 
-def test_a_convolutional_stem_is_the_one_of_its_paper():
-    """Three convolutions of stride 2 for patches of 8, with batch norm and ReLU, and one of 1 x 1."""
+def test_a_convolutional_stem():
+    """Three convolutions of stride 2 for patches of 8, four of stride 1 around them, and one of 1 x 1."""
     model = create("pola_vit_tiny", conv_stem=True)
     stem = model.patch_embed
     shapes = {key: tuple(value.shape) for key, value in stem.named_parameters() if value.ndim == 4}
-    assert list(shapes.values()) == [(12, 3, 3, 3), (24, 12, 3, 3), (48, 24, 3, 3), (48, 48, 1, 1)]
+    widths = [(6, 3), (12, 6), (12, 12), (24, 12), (24, 24), (48, 24), (48, 48)]
+    assert list(shapes.values()) == [*((*width, 3, 3) for width in widths), (48, 48, 1, 1)]
     x = images(32, 32)
     y = x
-    for conv, norm in ((stem.proj, stem.convs[0]), (stem.convs[2], stem.convs[3]), (stem.convs[5], stem.convs[6])):
-        y = torch.conv2d(y, conv.weight, stride=2, padding=1)
+    layers = [stem.proj, *stem.convs]
+    for place, (conv, norm) in enumerate(zip(layers[:-1:3], layers[1::3], strict=True)):
+        y = torch.conv2d(y, conv.weight, stride=1 + place % 2, padding=1)
         mean, scale = norm.running_mean, norm.weight / (norm.running_var + norm.eps).sqrt()
         y = ((y - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]).clamp(min=0)
-    expected = torch.einsum("bchw,dc->bhwd", y, stem.convs[8].weight[:, :, 0, 0]) + stem.convs[8].bias
+    expected = torch.einsum("bchw,dc->bhwd", y, stem.convs[-1].weight[:, :, 0, 0]) + stem.convs[-1].bias
     torch.testing.assert_close(stem(x), expected, atol=1e-5, rtol=1e-4)
 
     padded = torch.zeros(2, 3, 48, 40)
