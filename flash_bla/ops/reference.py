@@ -88,6 +88,6 @@ def _attend(q_hat, k_hat, v, normalize, scale, eps, q_tilde=None, k_tilde=None):
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turns adjacent channels (x₂ⱼ, x₂ⱼ₊₁) by angles whose cosine and sine are given: ``(1 or H, N, D/2, 2)``."""
-    cos, sin = rope.to(x.dtype).unbind(-1)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    cos, sin = rope.to(x.dtype).split(1, dim=-1)
+    pairs = x.unflatten(-1, (-1, 2))
+    return torch.addcmul(pairs * cos, pairs.flip(-1), torch.cat([-sin, sin], dim=-1)).flatten(-2)
