@@ -17,9 +17,10 @@ UPDATES = 5  # of an epoch of the tiny models
 
 
 def start(script: str, *flags: str, processes: int = 1, restarts: int = 0, **options) -> subprocess.Popen:
-    """Starts a script by python, or by torchrun on several processes."""
-    runner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    runner += ["--max-restarts", str(restarts)]
+    """Starts a script by python, or by torchrun on several processes, which it forks: they need not import so much."""
+    runner = ["-c", "import eval, train; from torch.distributed.run import main; main()", "--standalone"]
+    runner += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts), "--start-method", "fork"]
+    runner += ["--run-path"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *(runner if processes > 1 else []), str(ROOT / script), *flags, "--device", "cpu"],
