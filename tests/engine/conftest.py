@@ -36,10 +36,10 @@ model: {img_size: 32, in_chans: 1, embed_dim: 8, depths: [1, 1, 1, 1], num_heads
 """
 
 
-@pytest.fixture
-def model_yaml(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def model_yaml(tmp_path_factory) -> Path:
     """The YAML of a tiny model that trains on the digits, five updates an epoch."""
-    path = tmp_path / "tiny_pola_vit.yaml"
+    path = tmp_path_factory.mktemp("model") / "tiny_pola_vit.yaml"
     path.write_text(VIT_YAML + TRAIN_YAML)
     return path
 

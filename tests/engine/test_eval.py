@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import eval as eval_script
+import train as train_script
 from flash_bla.engine.config import RunError
 from flash_bla.engine.data import Digits
 
@@ -30,15 +31,17 @@ def _short_clock(monkeypatch):
     monkeypatch.setattr("flash_bla.engine.evaluation.THROUGHPUT_SECONDS", 0.01)
 
 
-@pytest.fixture
-def checkpoint(train, tmp_path):
-    assert train("run", "--epochs", "4", "--batch-size", "60", "--ema-decay", "0.5") == 0
-    return str(tmp_path / "run" / "last.pt")
+@pytest.fixture(scope="module")
+def checkpoint(model_yaml, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    flags = ["--config", str(model_yaml), "--output", str(folder), "--device", "cpu", "--epochs", "4"]
+    assert train_script.main([*flags, "--batch-size", "60", "--ema-decay", "0.5"]) == 0
+    return str(folder / "last.pt")
 
 
-def test_a_checkpoint_alone(checkpoint, load, tmp_path, capsys):
+def test_a_checkpoint_alone(checkpoint, tmp_path, capsys):
     result = evaluate("--checkpoint", checkpoint, "--output", str(tmp_path / "out" / "digits"))
-    last = load("run")["history"][-1]
+    last = torch.load(checkpoint, weights_only=True)["history"][-1]
     assert (result["images"], result["weights"], result["dataset"]) == (360, "ema", "digits")
     for key, name in (("top1", "top1"), ("top5", "top5"), ("loss", "val_loss")):
         assert result[key] == pytest.approx(last[name])
@@ -79,7 +82,7 @@ def test_plain_files_of_weights(tmp_path, pictures):
         evaluate("--model", "test_vit", *flags)
 
 
-def test_an_unreadable_image_is_named(checkpoint, pictures):
+def test_an_unreadable_image_is_named(pictures):
     root = pictures()
     (root / "val" / "grey" / "0.png").write_bytes(b"no picture")
     flags = ("--model", "test_vit", "--num-classes", "3", "--data-dir", str(root))

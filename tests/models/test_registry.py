@@ -184,28 +184,20 @@ def test_another_process_in_a_folder_with_models_of_its_own(write, tmp_path):
     (folder / "models").mkdir(parents=True)
     (folder / "models" / "__init__.py").write_text("raise ImportError('not these models')")
     (folder / "configs").mkdir()
-    (folder / "user_model_e.yaml").write_text(YAML)
-
-    def run(script):
-        environment = {**os.environ, "PYTHONPATH": str(Path(flash_bla.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", script]
-        return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
-
-    run(
-        "import json, timm, torch, flash_bla.models as zoo\n"
-        "name = zoo.register_config('user_model_e.yaml')\n"
-        "model = timm.create_model(name)\n"
-        "torch.save({'model': zoo.describe_model(name), 'state_dict': model.state_dict()}, 'checkpoint.pt')\n"
-    )
-    (folder / "user_model_e.yaml").unlink()
-    out = run(
+    name = register_config(path := write(YAML, "user_model_e.yaml"))
+    state_dict = timm.create_model(name).state_dict()
+    torch.save({"model": describe_model(name), "state_dict": state_dict}, folder / "checkpoint.pt")
+    path.unlink()
+    script = (
         "import torch, flash_bla.models as zoo\n"
         "checkpoint = torch.load('checkpoint.pt', weights_only=True)\n"
         "model = zoo.build_model(checkpoint['model'])\n"
         "model.load_state_dict(checkpoint['state_dict'])\n"
         "print(tuple(model(torch.zeros(1, 3, 40, 32)).shape))\n"
     )
-    assert out.strip() == "(1, 7)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(flash_bla.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "(1, 7)", run.stderr
 
 
 # Pretrained tags -----------------------------------------------------------------------------------------------------
