@@ -56,13 +56,12 @@ from flash_bla.ops.triton_tiles import (
     _load_softmax,
     _load_state,
     _next,
-    _offsets,
     _place,
-    _start,
     _state_rows,
     _store_state,
     _sum_query_splits,
     _sum_splits,
+    _tile,
     _zeros,
 )
 
@@ -97,7 +96,7 @@ def query_sum_kernel(
     sequence, batch, head, first, count = _place(heads, None, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
     total = _zeros(16, C.BLOCK_D)
     n = begin + tl.arange(0, C.BLOCK_N)
     q = tl.load(q_ptr + q_tile, mask=(n < end)[:, None] & exists[None, :], other=PAD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -147,9 +148,15 @@ class _Problem(NamedTuple):
             self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None, self.softmax,
             self.cu_seqlens is not None, self.scale is None,
             self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
-            any(_is_wide(x) for x in (self.q, self.k, self.v)),
+            any(_is_wide(x) for x in (self.q, self.k, self.v)), self.align,
         )  # fmt: skip
         return plan(kernel, D, self.v.shape[3], H, self.q.dtype, flags)
+
+    @property
+    def align(self) -> int:
+        """What divides all strides but the columns'; those of outputs and of rotary tables are multiples of widths."""
+        inputs = [x for x in (self.q, self.k, self.v, self.q_denominator, self.k_denominator) if x is not None]
+        return gcd(16, self.q.shape[3], self.v.shape[3], *(stride for x in inputs for stride in x.stride()[:3]))
 
     def programs(self, C: Config) -> int:
         return self.sequences * cdiv(self.q.shape[1], C.GROUP)
@@ -369,7 +376,8 @@ def record_backward(
     """
     p = _Problem(record, q, k, v, q_denominator, k_denominator, record.contiguous(parameter), key_weight,
                  record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
-    do = record.contiguous(do) if _is_wide(do) else do  # its strides are no part of the plan
+    if _is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align:  # its strides are no part of the plan
+        do = record.contiguous(do)
     dq, dqd = p.empty_like(q), p.empty_like(q_denominator)
     dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, k_denominator, p.key_weight))
     focusing = ratios is not None

@@ -22,7 +22,6 @@ from flash_bla.ops.triton_tiles import (
     _mask_heads,
     _next,
     _of_sign,
-    _offsets,
     _operands,
     _repeated,
     _signed_denominators,
@@ -33,6 +32,7 @@ from flash_bla.ops.triton_tiles import (
     _store_weight,
     _sum_eighths,
     _swap_halves,
+    _tile,
     _times_factor,
     _times_halves,
     _to_columns,
@@ -59,14 +59,14 @@ def sum_keys(
     """
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    k_ptr, k_tile = _start(k_ptr, k_strides, batch, head, first + begin), _offsets(h, d, k_strides, C)
-    v_ptr, v_tile = _start(v_ptr, v_strides, batch, head, first + begin), _offsets(hv, c, v_strides, C)
+    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
+    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
     if C.DECOUPLED:
-        kd_ptr, kd_tile = _start(kd_ptr, kd_strides, batch, head, first + begin), _offsets(h, d, kd_strides, C)
+        kd_ptr, kd_tile = _tile(kd_ptr, kd_strides, batch, head, first + begin, h, d, C)
     if C.KEY_WEIGHT:
         wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
     if C.ROPE:
-        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
     a = _load_parameter(a_ptr, head, heads, C)
     plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
     minus = _zeros(C.BLOCK_DV, C.BLOCK_D)
@@ -144,15 +144,15 @@ def write_output(
     """o = φ(q) S / (φ̃(q) · z + ε)."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
-    o_ptr, o_tile = _start(o_ptr, o_strides, batch, head, first + begin), _offsets(hv, c, o_strides, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    o_ptr, o_tile = _tile(o_ptr, o_strides, batch, head, first + begin, hv, c, C)
     if C.DECOUPLED:
-        qd_ptr, qd_tile = _start(qd_ptr, qd_strides, batch, head, first + begin), _offsets(h, d, qd_strides, C)
+        qd_ptr, qd_tile = _tile(qd_ptr, qd_strides, batch, head, first + begin, h, d, C)
     if C.QUERY_WEIGHT:
         wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
         w = _load_weight(wq_ptr, wq_strides, head, heads, begin + tl.arange(0, C.BLOCK_N) < end, 1.0, C)
     if C.ROPE:
-        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
     a = _load_parameter(a_ptr, head, heads, C)
     plus, z_plus = _times_factor(plus, z_plus, _load_factor(a_ptr, head, heads, C), C)
@@ -217,17 +217,17 @@ def differentiate_queries(
     """
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
-    do_ptr, do_tile = _start(do_ptr, do_strides, batch, head, first + begin), _offsets(hv, c, do_strides, C)
-    dq_ptr, dq_tile = _start(dq_ptr, dq_strides, batch, head, first + begin), _offsets(h, d, dq_strides, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
+    dq_ptr, dq_tile = _tile(dq_ptr, dq_strides, batch, head, first + begin, h, d, C)
     if C.DECOUPLED:
-        qd_ptr, qd_tile = _start(qd_ptr, qd_strides, batch, head, first + begin), _offsets(h, d, qd_strides, C)
-        dqd_ptr, dqd_tile = _start(dqd_ptr, dqd_strides, batch, head, first + begin), _offsets(h, d, dqd_strides, C)
+        qd_ptr, qd_tile = _tile(qd_ptr, qd_strides, batch, head, first + begin, h, d, C)
+        dqd_ptr, dqd_tile = _tile(dqd_ptr, dqd_strides, batch, head, first + begin, h, d, C)
     if C.QUERY_WEIGHT:
         wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
         dwq_ptr = _start(dwq_ptr, dwq_strides, batch, head, first + begin)
     if C.ROPE:
-        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
     a = _load_parameter(a_ptr, head, heads, C)
     factor = _load_factor(a_ptr, head, heads, C)
@@ -394,17 +394,17 @@ def differentiate_keys(
     """
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    k_ptr, k_tile = _start(k_ptr, k_strides, batch, head, first + begin), _offsets(h, d, k_strides, C)
-    v_ptr, v_tile = _start(v_ptr, v_strides, batch, head, first + begin), _offsets(hv, c, v_strides, C)
-    dk_ptr, dk_tile = _start(dk_ptr, dk_strides, batch, head, first + begin), _offsets(h, d, dk_strides, C)
-    dv_ptr, dv_tile = _start(dv_ptr, dv_strides, batch, head, first + begin), _offsets(hv, c, dv_strides, C)
+    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
+    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    dk_ptr, dk_tile = _tile(dk_ptr, dk_strides, batch, head, first + begin, h, d, C)
+    dv_ptr, dv_tile = _tile(dv_ptr, dv_strides, batch, head, first + begin, hv, c, C)
     if C.DECOUPLED:
-        dkd_ptr, dkd_tile = _start(dkd_ptr, dkd_strides, batch, head, first + begin), _offsets(h, d, dkd_strides, C)
+        dkd_ptr, dkd_tile = _tile(dkd_ptr, dkd_strides, batch, head, first + begin, h, d, C)
     if C.KEY_WEIGHT:
         wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
         dwk_ptr = _start(dwk_ptr, dwk_strides, batch, head, first + begin)
     if C.ROPE:
-        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
     a = _load_parameter(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)

@@ -33,6 +33,7 @@ class Config(NamedTuple):
     MEAN: bool  # s = 1 / M
     FEW: bool  # keys: z sums rounded features
     WIDE: bool  # tiles that span 2³¹ elements and more
+    ALIGN: int  # divides all strides but the columns'
 
 
 # --- rows, columns, heads ---------------------------------------------------------------------------------------------
@@ -93,6 +94,15 @@ def _to_product_layout(x, identity, OPERAND: tl.constexpr):
 @jit
 def _start(pointer, strides, batch, head, row):
     return pointer + batch * strides[0] + head.to(tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
+
+
+@jit
+def _tile(pointer, strides, batch, head, row, in_group, channel, C: tl.constexpr):
+    """Where a tile starts, and its offsets from there."""
+    # what ALIGN divides goes as vectors; of strides by themselves the compiler knows multiples of 16 alone
+    ALIGN: tl.constexpr = C.ALIGN
+    strides = (strides[0] // ALIGN * ALIGN, strides[1] // ALIGN * ALIGN, strides[2] // ALIGN * ALIGN, strides[3])
+    return _start(pointer, strides, batch, head, row), _offsets(in_group, channel, strides, C)
 
 
 @jit
