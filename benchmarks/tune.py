@@ -21,12 +21,11 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.operators import OPS, SHAPES, backward, forward, make_inputs
+from benchmarks.operators import DTYPE, OPS, SHAPES, backward, forward, make_inputs
 from flash_bla.ops import triton_support
-from flash_bla.ops.triton_linear_attention import TUNING, Tuning, plan
+from flash_bla.ops.triton_linear_attention import Tuning, plan, tuning_table
 from flash_bla.ops.triton_tiles import Config
 
-TABLES = {"rope": "rope", "rala": "rope", "focusing": "focusing", "signed_power": "signed"}  # of the others: plain
 RESIDENT, STAGES, REGISTERS = (1, 2, 3, 4, 5, 6), (1, 2, 3), (None, 128, 168)
 
 
@@ -47,10 +46,10 @@ def seconds(name: str, shape: Sequence[int], device: torch.device) -> float:
     return total
 
 
-def launched() -> dict[Any, bool]:
-    """The kernels with entries that ran since the records were cleared, and whether their tiles are wide."""
+def launched() -> dict[Any, Config]:
+    """The kernels with entries that ran since the records were cleared."""
     return {
-        launch.kernel: max(value.BLOCK_D, value.BLOCK_DV) > 32
+        launch.kernel: value
         for record in triton_support._RECORDS.values()
         for launch in record.launches
         for value in launch.values
@@ -65,11 +64,11 @@ def candidates(now: Tuning) -> Iterator[Tuning]:
 
 def tune(name: str, shape: Sequence[int], device: torch.device) -> dict[str, Tuning]:
     """The best entries by the names of their kernels; the tables hold them, too."""
-    table = TUNING[TABLES.get(name, "plain")]
     best = seconds(name, shape, device)
     print(f"{name} {tuple(shape)}: {1e6 * best:.1f} µs")
     found = {}
-    for kernel, wide in launched().items():
+    for kernel, C in launched().items():
+        table, wide = tuning_table(C, DTYPE, triton_support.is_hopper(device)), max(C.BLOCK_D, C.BLOCK_DV) > 32
         for tuning in candidates(table[kernel][wide]):
             before = table[kernel]
             table[kernel] = (before[0], tuning) if wide else (tuning, before[1])

@@ -18,8 +18,9 @@ between terms as large as the mean.
 Short sequences take one launch a direction, a program for each (``forward_kernel``, ``backward_kernel``). Long ones are
 split: the sums of the splits are added up, always in the same order, by ``reduce_kernel``.
 
-Heads narrower than a tile share one: GROUP heads stand side by side in its columns, so that whole cache lines are read,
-and their states are the diagonal blocks of one matrix whose other blocks are zero.
+Heads narrower than a tile share one: GROUP heads stand side by side in its columns, each in as many as the next power
+of two, so that whole cache lines are read, and their states are the diagonal blocks of one matrix whose other blocks
+are zero.
 
 ``signed_power`` has features of two signs, φ(x) and φ(-x) ("SIGNED"). The first half of the values' columns sees
 [φ(q), φ(-q)], the second half [φ(-q), φ(q)]. So o = φ(q) S₊ + φ(-q) S₋, where S₊ holds the sums over φ(k) in the first
@@ -56,13 +57,12 @@ from flash_bla.ops.triton_tiles import (
     _load_softmax,
     _load_state,
     _next,
-    _offsets,
     _place,
-    _start,
     _state_rows,
     _store_state,
     _sum_query_splits,
     _sum_splits,
+    _tile,
     _zeros,
 )
 
@@ -97,7 +97,7 @@ def query_sum_kernel(
     sequence, batch, head, first, count = _place(heads, None, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
     total = _zeros(16, C.BLOCK_D)
     n = begin + tl.arange(0, C.BLOCK_N)
     q = tl.load(q_ptr + q_tile, mask=(n < end)[:, None] & exists[None, :], other=PAD)
@@ -288,7 +288,8 @@ def key_gradient_kernel(
         _store_parameter_gradient(da_ptr, at, head, heads, da, C)
     if C.SOFTMAX:
         query_mean, logarithm = _load_softmax(state_ptr, at, head, heads, C)
-        average = _by_head((tl.sum(plus * d_plus, 0) + z_plus * dz_plus)[None, :], C.D, C)
+        rounded = d_plus.to(OPERAND).to(tl.float32)  # as the keys' gradients take it
+        average = _by_head((tl.sum(plus * rounded, 0) + z_plus * dz_plus)[None, :], C)
     da, d_mean = differentiate_keys(
         k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,

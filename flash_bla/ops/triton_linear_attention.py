@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from flash_bla.ops.triton_support import (
     cdiv,
     define_operator,
     is_eager,
+    is_hopper,
     multiprocessors,
     once_differentiable,
     power_of_two,
@@ -147,9 +149,15 @@ class _Problem(NamedTuple):
             self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None, self.softmax,
             self.cu_seqlens is not None, self.scale is None,
             self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
-            any(_is_wide(x) for x in (self.q, self.k, self.v)),
+            any(_is_wide(x) for x in (self.q, self.k, self.v)), self.align,
         )  # fmt: skip
-        return plan(kernel, D, self.v.shape[3], H, self.q.dtype, flags)
+        return plan(kernel, D, self.v.shape[3], H, self.q.dtype, is_hopper(self.record.device), flags)
+
+    @property
+    def align(self) -> int:
+        """What divides all strides but the columns'; those of outputs and of rotary tables are multiples of widths."""
+        inputs = [x for x in (self.q, self.k, self.v, self.q_denominator, self.k_denominator) if x is not None]
+        return gcd(16, self.q.shape[3], self.v.shape[3], *(stride for x in inputs for stride in x.stride()[:3]))
 
     def programs(self, C: Config) -> int:
         return self.sequences * cdiv(self.q.shape[1], C.GROUP)
@@ -198,10 +206,14 @@ class Tuning(NamedTuple):
     num_stages: int  # of the loads' pipeline
     maxnreg: int | None  # registers of a thread
     persistent: bool = False  # no more programs than are resident
+    warps: int | None = None  # as many as a program's state asks for
+    rows: int | None = None  # of the tiles; as many as registers hold
 
 
 # For tiles of at most 32 columns, and for wider ones; `python -m benchmarks.tune` finds those of another chip. Rotary
-# encodings and the softmax, the focusing map, and the map of two signs differ where they take more registers.
+# encodings and the softmax, the focusing map, and the map of two signs differ where they take more registers. Tiles of
+# 128 columns have a table of their own on Hopper chips: a product there takes 64 rows for each four warps, and would be
+# computed twice by eight of them if the tile had no more.
 _PLAIN = {
     query_sum_kernel: (Tuning(64, 8, 1, None), Tuning(64, 8, 1, None)),
     state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
@@ -231,27 +243,47 @@ TUNING = {
         query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
         key_gradient_kernel: (Tuning(32, 2, 3, None), Tuning(32, 2, 3, None)),
     },
+    "wide": {
+        query_sum_kernel: (None, Tuning(0, 8, 1, None, warps=4, rows=64)),
+        state_kernel: (None, Tuning(0, 1, 3, None, warps=8, rows=64)),
+        output_kernel: (None, Tuning(0, 2, 3, 168, warps=4, rows=64)),
+        query_gradient_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
+        key_gradient_kernel: (None, Tuning(0, 2, 2, None, warps=4, rows=64)),
+        forward_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
+        backward_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
+    },
 }
 
 
+def tuning_table(C: Config, dtype: torch.dtype, hopper: bool) -> dict:
+    """The table of ``TUNING`` that has the entries of such a kernel."""
+    if C.SIGNED:
+        return TUNING["signed"]
+    if hopper and max(C.BLOCK_D, C.BLOCK_DV) == 128 and dtype == torch.bfloat16:
+        return TUNING["wide"]
+    if C.PARAMETER:
+        return TUNING["focusing"]
+    return TUNING["rope" if C.ROPE or C.SOFTMAX else "plain"]
+
+
 @lru_cache(maxsize=1024)
-def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, flags: tuple) -> tuple[Config, Tuning]:
+def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool, flags: tuple) -> tuple[Config, Tuning]:
     """Sides of the tiles, all of D and D_v and as many rows as a program's registers hold, and the tuning."""
     config = Config(D, D_v, 1, 0, 0, 0, *flags)
-    if config.SIGNED:
-        table = TUNING["signed"]
-    elif config.PARAMETER:
-        table = TUNING["focusing"]
-    else:
-        table = TUNING["rope" if config.ROPE or config.SOFTMAX else "plain"]
-    group = 1
-    if D == D_v and D in (8, 16, 32):
-        group = min(max(1, table[kernel][0].width // D), 4, 1 << (heads.bit_length() - 1))
-    block_d, block_dv = (max(16, 1 << (width * group - 1).bit_length()) for width in (D, D_v))
-    tuning = table[kernel][max(block_d, block_dv) > 32]
+    group, block_d, block_dv = 1, power_of_two(max(D, 16)), power_of_two(max(D_v, 16))
+    if D == D_v and 4 < D <= 32:  # heads stand side by side
+        width, pitch = tuning_table(config, dtype, hopper)[kernel][0].width, power_of_two(D)
+        group = min(max(1, width // pitch), 4, 1 << (heads.bit_length() - 1))
+        block_d = block_dv = max(16, pitch * group)
     config = config._replace(GROUP=group, BLOCK_D=block_d, BLOCK_DV=block_dv)
+    table = tuning_table(config, dtype, hopper)
+    tuning = table[kernel][max(block_d, block_dv) > 32]
+    if tuning.rows is not None:
+        return config._replace(BLOCK_N=tuning.rows), tuning
     size = 4 if config.SIGNED and dtype != torch.bfloat16 else dtype.itemsize  # of the products' operands
-    block_n = max(16, min(64, 2048 * _warps(config) // (max(block_d, block_dv) * size)))
+    warps = 4 if block_d * block_dv * (2 if config.SIGNED else 1) <= 8192 else 8
+    block_n = max(16, min(64, 2048 * warps // (max(block_d, block_dv) * size)))
+    tuning = tuning._replace(warps=warps)
     wide = max(block_d, block_dv) > 64 or size > 2
     if wide:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
@@ -267,10 +299,6 @@ def widest_values(q: Tensor, signs: int) -> int:
     return (16384 if q.dtype == torch.bfloat16 else 8192) // (block_d * signs)
 
 
-def _warps(C: Config) -> int:
-    return 4 if C.BLOCK_D * C.BLOCK_DV * (2 if C.SIGNED else 1) <= 8192 else 8
-
-
 def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None:
     C, tuning = problem.plan(kernel)
     programs = problem.programs(C)
@@ -280,7 +308,7 @@ def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None
         num_stages = tuning.num_stages if tuning.persistent or problem.longest > C.BLOCK_N else 1
         grid = (min(programs, places), splits, 1)
         arguments = arguments | dict(C=C, programs=programs)
-        problem.record.launch(kernel, grid, arguments, _warps(C), num_stages, tuning.maxnreg)
+        problem.record.launch(kernel, grid, arguments, tuning.warps, num_stages, tuning.maxnreg)
 
 
 def _split(kernel, problem: _Problem, length: int) -> int:
@@ -369,7 +397,8 @@ def record_backward(
     """
     p = _Problem(record, q, k, v, q_denominator, k_denominator, record.contiguous(parameter), key_weight,
                  record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
-    do = record.contiguous(do) if _is_wide(do) else do  # its strides are no part of the plan
+    if _is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align:  # its strides are no part of the plan
+        do = record.contiguous(do)
     dq, dqd = p.empty_like(q), p.empty_like(q_denominator)
     dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, k_denominator, p.key_weight))
     focusing = ratios is not None

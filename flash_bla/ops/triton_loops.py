@@ -22,7 +22,6 @@ from flash_bla.ops.triton_tiles import (
     _mask_heads,
     _next,
     _of_sign,
-    _offsets,
     _operands,
     _repeated,
     _signed_denominators,
@@ -33,6 +32,7 @@ from flash_bla.ops.triton_tiles import (
     _store_weight,
     _sum_eighths,
     _swap_halves,
+    _tile,
     _times_factor,
     _times_halves,
     _to_columns,
@@ -59,14 +59,14 @@ def sum_keys(
     """
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    k_ptr, k_tile = _start(k_ptr, k_strides, batch, head, first + begin), _offsets(h, d, k_strides, C)
-    v_ptr, v_tile = _start(v_ptr, v_strides, batch, head, first + begin), _offsets(hv, c, v_strides, C)
+    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
+    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
     if C.DECOUPLED:
-        kd_ptr, kd_tile = _start(kd_ptr, kd_strides, batch, head, first + begin), _offsets(h, d, kd_strides, C)
+        kd_ptr, kd_tile = _tile(kd_ptr, kd_strides, batch, head, first + begin, h, d, C)
     if C.KEY_WEIGHT:
         wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
     if C.ROPE:
-        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
     a = _load_parameter(a_ptr, head, heads, C)
     plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
     minus = _zeros(C.BLOCK_DV, C.BLOCK_D)
@@ -85,19 +85,19 @@ def sum_keys(
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         phi_plus, phi_minus = _signs(PHI(k, a, C.EXPONENT), C)
         if C.KEY_WEIGHT:
-            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C.D, C)
+            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
             phi_plus *= w
             phi_minus *= w
         if C.SOFTMAX:  # sums so far are of exponentials of less a maximum that may have grown
-            scores = tl.where(inside[:, None], _by_head(phi_plus * mean, C.D, C), float("-inf"))
+            scores = tl.where(inside[:, None], _by_head(phi_plus * mean, C), float("-inf"))
             larger = tl.maximum(maximum, tl.max(scores, 0)[None, :])
             fade = tl.exp2(maximum - larger)
             w = tl.exp2(scores - larger)
             maximum, total = larger, total * fade + w
-            fade = _to_columns(fade, C.D, C)
+            fade = _to_columns(fade, C)
             plus *= fade
             z_plus *= fade
-            phi_plus *= _to_columns(w, C.D, C)
+            phi_plus *= _to_columns(w, C)
         if C.DECOUPLED:
             kd = tl.load(kd_ptr + kd_tile, mask=mask, other=0.0).to(tl.float32)
             z_plus = _add_rows(z_plus, kd, OPERAND, PRECISION, C)
@@ -126,7 +126,7 @@ def sum_keys(
     if C.SOFTMAX:
         total = tl.sum(total, 0)[None, :]
         maximum += tl.log2(total)
-        total = _to_columns(tl.where(total > 0.0, 1.0 / total, 0.0), C.D, C)
+        total = _to_columns(tl.where(total > 0.0, 1.0 / total, 0.0), C)
         plus *= total
         z_plus *= tl.sum(total, 0)
         scale, one = scale / one, 1.0
@@ -144,15 +144,15 @@ def write_output(
     """o = φ(q) S / (φ̃(q) · z + ε)."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
-    o_ptr, o_tile = _start(o_ptr, o_strides, batch, head, first + begin), _offsets(hv, c, o_strides, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    o_ptr, o_tile = _tile(o_ptr, o_strides, batch, head, first + begin, hv, c, C)
     if C.DECOUPLED:
-        qd_ptr, qd_tile = _start(qd_ptr, qd_strides, batch, head, first + begin), _offsets(h, d, qd_strides, C)
+        qd_ptr, qd_tile = _tile(qd_ptr, qd_strides, batch, head, first + begin, h, d, C)
     if C.QUERY_WEIGHT:
         wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
         w = _load_weight(wq_ptr, wq_strides, head, heads, begin + tl.arange(0, C.BLOCK_N) < end, 1.0, C)
     if C.ROPE:
-        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
     a = _load_parameter(a_ptr, head, heads, C)
     plus, z_plus = _times_factor(plus, z_plus, _load_factor(a_ptr, head, heads, C), C)
@@ -161,7 +161,7 @@ def write_output(
         minus = tl.trans(minus.to(OPERAND))
         z = _signed_vector_operands(z_plus, z_minus, OPERAND, C)
     elif C.NORMALIZE:
-        z = _vector_operand(z_plus, C.D, C.BLOCK_D, OPERAND, C)
+        z = _vector_operand(z_plus, C.BLOCK_D, OPERAND, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
 
     for start in range(begin, end, C.BLOCK_N):
@@ -177,7 +177,7 @@ def write_output(
             if C.NORMALIZE:
                 least = eps / w
             else:
-                phi *= _to_columns(w, C.D, C)
+                phi *= _to_columns(w, C)
             # the next tile's: by itself, the compiler loads ahead only what products take
             wq_ptr = _next(wq_ptr, wq_strides, C)
             w = _load_weight(wq_ptr, wq_strides, head, heads, n + C.BLOCK_N < end, 1.0, C)
@@ -196,7 +196,7 @@ def write_output(
             denominator = phi.to(OPERAND)
             if C.DECOUPLED:
                 denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(OPERAND)
-            o *= _to_columns(1.0 / (_vector_product(denominator, z, PRECISION, C) + least), C.DV, C)
+            o *= _to_columns(1.0 / (_vector_product(denominator, z, PRECISION, C) + least), C)
         tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
         if C.DECOUPLED:
@@ -217,17 +217,17 @@ def differentiate_queries(
     """
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _start(q_ptr, q_strides, batch, head, first + begin), _offsets(h, d, q_strides, C)
-    do_ptr, do_tile = _start(do_ptr, do_strides, batch, head, first + begin), _offsets(hv, c, do_strides, C)
-    dq_ptr, dq_tile = _start(dq_ptr, dq_strides, batch, head, first + begin), _offsets(h, d, dq_strides, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
+    dq_ptr, dq_tile = _tile(dq_ptr, dq_strides, batch, head, first + begin, h, d, C)
     if C.DECOUPLED:
-        qd_ptr, qd_tile = _start(qd_ptr, qd_strides, batch, head, first + begin), _offsets(h, d, qd_strides, C)
-        dqd_ptr, dqd_tile = _start(dqd_ptr, dqd_strides, batch, head, first + begin), _offsets(h, d, dqd_strides, C)
+        qd_ptr, qd_tile = _tile(qd_ptr, qd_strides, batch, head, first + begin, h, d, C)
+        dqd_ptr, dqd_tile = _tile(dqd_ptr, dqd_strides, batch, head, first + begin, h, d, C)
     if C.QUERY_WEIGHT:
         wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
         dwq_ptr = _start(dwq_ptr, dwq_strides, batch, head, first + begin)
     if C.ROPE:
-        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
     a = _load_parameter(a_ptr, head, heads, C)
     factor = _load_factor(a_ptr, head, heads, C)
@@ -239,13 +239,13 @@ def differentiate_queries(
         identity_v = _identity(C.BLOCK_DV, OPERAND, OPERAND)
         z = _signed_vector_operands(z_plus, z_minus, OPERAND, C)
         z_minus = z_minus[None, :]
-        negative_mean = _vector_operand(-eps * mean, C.DV, C.BLOCK_DV, OPERAND, C)
+        negative_mean = _vector_operand(-eps * mean, C.BLOCK_DV, OPERAND, C)
     elif C.CENTER:
-        mean_operand = _vector_operand(mean, C.DV, C.BLOCK_DV, OPERAND, C)
+        mean_operand = _vector_operand(mean, C.BLOCK_DV, OPERAND, C)
     # What z adds as a product saves registers, where they are short and shared memory can hold z.
     BY_PRODUCT: tl.constexpr = (C.SIGNED or C.QUERY_WEIGHT and C.NORMALIZE and not C.DECOUPLED) and C.BLOCK_D <= 128
     if BY_PRODUCT and not C.SIGNED:
-        z = _vector_operand(z_plus, C.D, C.BLOCK_D, OPERAND, C)
+        z = _vector_operand(z_plus, C.BLOCK_D, OPERAND, C)
     z_plus = z_plus[None, :]
     # A weight counts by its logarithm's gradient, ε do · o / (φ̃(q) · z + ε)², where that is more than rounding.
     LEAST: tl.constexpr = 0.0 if q_ptr.dtype.element_ty == tl.float32 else 2.0**-12
@@ -269,7 +269,7 @@ def differentiate_queries(
             if C.NORMALIZE:
                 least = eps / w
             else:
-                phi *= _to_columns(w, C.D, C)
+                phi *= _to_columns(w, C)
         turned = phi
         if not C.SIGNED:
             d_phi = tl.dot(do, plus, input_precision=PRECISION)
@@ -297,7 +297,7 @@ def differentiate_queries(
             o = tl.dot(phi_minus, tl.trans(minus), o, input_precision=PRECISION)
             weights = o * dn
             is_first = _first_half(C)[None, :]
-            weight, other = _both_by_head(tl.where(is_first, weights, 0.0), tl.where(is_first, 0.0, weights), C.DV, C)
+            weight, other = _both_by_head(tl.where(is_first, weights, 0.0), tl.where(is_first, 0.0, weights), C)
             weight, other = -weight / first_half, -other / second_half
             if GRADIENT:
                 if BY_PRODUCT:
@@ -305,14 +305,14 @@ def differentiate_queries(
                     d_phi = tl.dot(operand, tl.trans(z[0]), input_precision=PRECISION)
                     d_phi_minus = tl.dot(operand, tl.trans(z[1]), input_precision=PRECISION)
                 else:
-                    equal, opposite = _to_columns(weight, C.D, C), _to_columns(other, C.D, C)
+                    equal, opposite = _to_columns(weight, C), _to_columns(other, C)
                     d_phi = equal * z_plus + opposite * z_minus
                     d_phi_minus = equal * z_minus + opposite * z_plus
                 d_phi = tl.dot(dn_operand, plus, d_phi, input_precision=PRECISION)
                 d_phi_minus = tl.dot(dn_operand, minus, d_phi_minus, input_precision=PRECISION)
                 d_phi = _of_sign(q, d_phi, d_phi_minus)
             if SUMS:
-                weight, other = _to_columns(weight, C.D, C), _to_columns(other, C.D, C)
+                weight, other = _to_columns(weight, C), _to_columns(other, C)
                 dz_plus += _by_eighth((weight + other) * tl.abs(phi), C)  # of z₊ + z₋
                 dz_minus += _by_eighth((weight - other) * phi, C)  # of z₊ - z₋
         elif C.NORMALIZE:
@@ -321,9 +321,9 @@ def differentiate_queries(
                 denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(tl.float32)
             if BY_PRODUCT:
                 inverse = _vector_product(denominator.to(OPERAND), z, PRECISION, C)
-                weight = _by_head(phi * d_phi, C.D, C)
+                weight = _by_head(phi * d_phi, C)
             else:
-                inverse, weight = _both_by_head(denominator * z_plus, (phi if GRADIENT else turned) * d_phi, C.D, C)
+                inverse, weight = _both_by_head(denominator * z_plus, (phi if GRADIENT else turned) * d_phi, C)
             inverse = 1.0 / (inverse + tl.where(inside[:, None], least, 1.0))
             shift = inverse * 0.0
             if C.CENTER:
@@ -336,8 +336,8 @@ def differentiate_queries(
             if BY_PRODUCT:
                 operand = _weight_operand(weight / inverse, OPERAND, C)
                 d_phi = tl.dot(operand, tl.trans(z), d_phi, input_precision=PRECISION)
-            weight = _to_columns(weight, C.D, C)
-            inverse = _to_columns(inverse, C.D, C)
+            weight = _to_columns(weight, C)
+            inverse = _to_columns(inverse, C)
             if SUMS:
                 d_plus = tl.dot(tl.trans(do), (turned * inverse).to(OPERAND), d_plus, input_precision=PRECISION)
                 dz_plus += _by_eighth(weight * denominator, C)
@@ -354,8 +354,8 @@ def differentiate_queries(
                 d_phi += d_mean
             if C.QUERY_WEIGHT:
                 if not C.NORMALIZE:
-                    dw = _by_head(d_phi * phi, C.D, C)
-                    d_phi *= _to_columns(w, C.D, C)
+                    dw = _by_head(d_phi * phi, C)
+                    d_phi *= _to_columns(w, C)
                 _store_weight(dwq_ptr, dwq_strides, head, heads, inside, dw, C)
             dq, da_rows = _features_backward(q, a, unweighted, d_phi, PHI_DX, PHI_DA, C)
             if C.SIGNED:
@@ -394,17 +394,17 @@ def differentiate_keys(
     """
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    k_ptr, k_tile = _start(k_ptr, k_strides, batch, head, first + begin), _offsets(h, d, k_strides, C)
-    v_ptr, v_tile = _start(v_ptr, v_strides, batch, head, first + begin), _offsets(hv, c, v_strides, C)
-    dk_ptr, dk_tile = _start(dk_ptr, dk_strides, batch, head, first + begin), _offsets(h, d, dk_strides, C)
-    dv_ptr, dv_tile = _start(dv_ptr, dv_strides, batch, head, first + begin), _offsets(hv, c, dv_strides, C)
+    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
+    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    dk_ptr, dk_tile = _tile(dk_ptr, dk_strides, batch, head, first + begin, h, d, C)
+    dv_ptr, dv_tile = _tile(dv_ptr, dv_strides, batch, head, first + begin, hv, c, C)
     if C.DECOUPLED:
-        dkd_ptr, dkd_tile = _start(dkd_ptr, dkd_strides, batch, head, first + begin), _offsets(h, d, dkd_strides, C)
+        dkd_ptr, dkd_tile = _tile(dkd_ptr, dkd_strides, batch, head, first + begin, h, d, C)
     if C.KEY_WEIGHT:
         wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
         dwk_ptr = _start(dwk_ptr, dwk_strides, batch, head, first + begin)
     if C.ROPE:
-        rope_ptr, rope_tile = _start(rope_ptr, rope_strides, batch, head, begin), _offsets(h, d, rope_strides, C)
+        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
     a = _load_parameter(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
@@ -423,8 +423,8 @@ def differentiate_keys(
     if C.SIGNED:
         d_minus = d_minus.to(OPERAND)
         dz_minus = (dz_minus - tl.sum(mean[:, None] * d_minus.to(tl.float32), 0)) * one
-        dz_plus = _vector_operand(tl.reshape(dz_plus, C.BLOCK_D), C.D, C.BLOCK_D, OPERAND, C)
-        dz_minus = _vector_operand(dz_minus, C.D, C.BLOCK_D, OPERAND, C)
+        dz_plus = _vector_operand(tl.reshape(dz_plus, C.BLOCK_D), C.BLOCK_D, OPERAND, C)
+        dz_minus = _vector_operand(dz_minus, C.BLOCK_D, OPERAND, C)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     d_mean = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
@@ -437,10 +437,10 @@ def differentiate_keys(
         phi = PHI(k, a, C.EXPONENT)
         w = None
         if C.KEY_WEIGHT:
-            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C.D, C)
+            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
         if C.SOFTMAX:
-            w = tl.exp2(_by_head(phi * query_mean, C.D, C) - logarithm)
-            w = _to_columns(tl.where(inside[:, None], w, 0.0), C.D, C)
+            w = tl.exp2(_by_head(phi * query_mean, C) - logarithm)
+            w = _to_columns(tl.where(inside[:, None], w, 0.0), C)
         turned = phi
         if C.ROPE:
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
@@ -457,6 +457,8 @@ def differentiate_keys(
             d_phi = _of_sign(k, d_phi, d_phi_minus)
         else:
             d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
+        if C.SOFTMAX:  # of rounded features as S is, or what is left of its difference from the average were rounding
+            dw = d_phi * phi_plus.to(tl.float32)
         if C.ROPE:
             d_phi = _turn(d_phi, cos, -sin, C)
         if C.DECOUPLED:
@@ -464,11 +466,13 @@ def differentiate_keys(
             tl.store(dkd_ptr + dkd_tile, d_denominator.to(dkd_ptr.dtype.element_ty), mask=mask)
         elif C.NORMALIZE and not C.SIGNED:
             d_phi += dz_plus
+            if C.SOFTMAX:
+                dw += dz_plus * (phi * w)
         if C.KEY_WEIGHT:
-            _store_weight(dwk_ptr, dwk_strides, head, heads, inside, _by_head(d_phi * phi, C.D, C), C)
+            _store_weight(dwk_ptr, dwk_strides, head, heads, inside, _by_head(d_phi * phi, C), C)
             d_phi *= w
         if C.SOFTMAX:
-            ds = w * (_to_columns(_by_head(d_phi * phi, C.D, C) - average, C.D, C))
+            ds = _to_columns(_by_head(dw, C), C) - w * _to_columns(average, C)
             d_mean += _by_eighth(ds * phi, C)
             d_phi = d_phi * w + ds * (query_mean * 0.6931471805599453)
         dk, da_rows = _features_backward(k, a, phi, d_phi, PHI_DX, PHI_DA, C)

@@ -311,6 +311,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@lru_cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels are tuned as for such a chip; the interpreter runs what it would."""
+    if INTERPRETING:
+        return True
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

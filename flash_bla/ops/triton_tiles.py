@@ -33,6 +33,7 @@ class Config(NamedTuple):
     MEAN: bool  # s = 1 / M
     FEW: bool  # keys: z sums rounded features
     WIDE: bool  # tiles that span 2³¹ elements and more
+    ALIGN: int  # divides all strides but the columns'
 
 
 # --- rows, columns, heads ---------------------------------------------------------------------------------------------
@@ -59,7 +60,8 @@ def _columns(head, heads, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr)
     if C.GROUP == 1:
         return column * 0, column, column < D
     else:
-        return column // D, column % D, head + column // D < heads
+        h, channel = column // (BLOCK // C.GROUP), column % (BLOCK // C.GROUP)
+        return h, channel, (channel < D) & (head + h < heads)
 
 
 @jit
@@ -74,7 +76,7 @@ def _offsets(head, channel, strides, C: tl.constexpr):
 
 @jit
 def _identity(BLOCK: tl.constexpr, OPERAND: tl.constexpr, TYPE: tl.constexpr):
-    if OPERAND == tl.bfloat16:
+    if OPERAND == tl.bfloat16 and BLOCK <= 64:
         i = tl.arange(0, BLOCK)
         return tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(TYPE)
     else:
@@ -83,8 +85,11 @@ def _identity(BLOCK: tl.constexpr, OPERAND: tl.constexpr, TYPE: tl.constexpr):
 
 @jit
 def _to_product_layout(x, identity, OPERAND: tl.constexpr):
-    """x in float32, in the register layout of a product's result: as its product with the identity."""
-    if OPERAND == tl.bfloat16:
+    """x in float32, in the register layout of a product's result: as its product with the identity.
+
+    Wide identities would take more shared memory than there is: the compiler has to choose the layout then.
+    """
+    if OPERAND == tl.bfloat16 and x.shape[1] <= 64:
         return tl.dot(x, identity)
     else:
         return x.to(tl.float32)
@@ -93,6 +98,15 @@ def _to_product_layout(x, identity, OPERAND: tl.constexpr):
 @jit
 def _start(pointer, strides, batch, head, row):
     return pointer + batch * strides[0] + head.to(tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
+
+
+@jit
+def _tile(pointer, strides, batch, head, row, in_group, channel, C: tl.constexpr):
+    """Where a tile starts, and its offsets from there."""
+    # what ALIGN divides goes as vectors; of strides by themselves the compiler knows multiples of 16 alone
+    ALIGN: tl.constexpr = C.ALIGN
+    strides = (strides[0] // ALIGN * ALIGN, strides[1] // ALIGN * ALIGN, strides[2] // ALIGN * ALIGN, strides[3])
+    return _start(pointer, strides, batch, head, row), _offsets(in_group, channel, strides, C)
 
 
 @jit
@@ -106,12 +120,12 @@ def _zeros(rows: tl.constexpr, columns: tl.constexpr):
 
 
 @jit
-def _by_head(x, D: tl.constexpr, C: tl.constexpr):
+def _by_head(x, C: tl.constexpr):
     """Sums of a tile's columns by head: (rows, columns) to (rows, GROUP)."""
     if C.GROUP == 1:
         return tl.sum(x, 1)[:, None]
     else:
-        return tl.sum(tl.reshape(x, x.shape[0], C.GROUP, D), 2)
+        return tl.sum(tl.reshape(x, x.shape[0], C.GROUP, x.shape[1] // C.GROUP), 2)
 
 
 @jit
@@ -142,31 +156,32 @@ def _add(a, b, c, d):
 
 
 @jit
-def _both_by_head(x, y, D: tl.constexpr, C: tl.constexpr):
+def _both_by_head(x, y, C: tl.constexpr):
     """``_by_head`` of two tiles, in one reduction: so the compiler gives both the same layout."""
     if C.GROUP == 1:
         x, y = tl.reduce((x, y), 1, _add)
         return x[:, None], y[:, None]
     else:
-        x, y = tl.reshape(x, x.shape[0], C.GROUP, D), tl.reshape(y, y.shape[0], C.GROUP, D)
+        x = tl.reshape(x, x.shape[0], C.GROUP, x.shape[1] // C.GROUP)
+        y = tl.reshape(y, y.shape[0], C.GROUP, y.shape[1] // C.GROUP)
         return tl.reduce((x, y), 2, _add)
 
 
 if INTERPRETING:  # a reduction of two takes the interpreter minutes
 
     @jit
-    def _both_by_head(x, y, D: tl.constexpr, C: tl.constexpr):
-        return _by_head(x, D, C), _by_head(y, D, C)
+    def _both_by_head(x, y, C: tl.constexpr):
+        return _by_head(x, C), _by_head(y, C)
 
 
 @jit
-def _to_columns(x, D: tl.constexpr, C: tl.constexpr):
+def _to_columns(x, C: tl.constexpr):
     """A number for each head to the columns of a tile: (rows, GROUP) to what broadcasts with (rows, columns)."""
     if C.GROUP == 1:
         return x
     else:
-        x = tl.broadcast_to(x[:, :, None], x.shape[0], C.GROUP, D)
-        return tl.reshape(x, x.shape[0], C.GROUP * D)
+        x = tl.broadcast_to(x[:, :, None], x.shape[0], C.GROUP, C.BLOCK_D // C.GROUP)
+        return tl.reshape(x, x.shape[0], C.BLOCK_D)
 
 
 @jit
@@ -202,7 +217,7 @@ def _turn(x, cos, sin, C: tl.constexpr):
 def _load_rope(pointers, mask, identity, OPERAND: tl.constexpr, C: tl.constexpr):
     """Cosines and sines of a tile's pairs of columns, in a product's layout if ``identity`` is a matrix."""
     rope = tl.load(pointers, mask=mask, other=0.0)
-    if OPERAND == tl.bfloat16 and identity is not None:
+    if OPERAND == tl.bfloat16 and identity is not None and C.BLOCK_D <= 64:
         rope = tl.dot(rope, identity)
     return tl.split(tl.reshape(rope.to(tl.float32), C.BLOCK_N, C.BLOCK_D // 2, 2))
 
@@ -371,14 +386,15 @@ def _mask_heads(state, C: tl.constexpr):
     if C.GROUP == 1:
         return state
     else:
-        hv, h = tl.arange(0, C.BLOCK_DV) // C.DV, tl.arange(0, C.BLOCK_D) // C.D
+        hv = tl.arange(0, C.BLOCK_DV) // (C.BLOCK_DV // C.GROUP)
+        h = tl.arange(0, C.BLOCK_D) // (C.BLOCK_D // C.GROUP)
         return tl.where(hv[:, None] == h[None, :], state, 0.0)
 
 
 @jit
 def _first_half(C: tl.constexpr):
     """Which of the values' channels are in the first half of their head's."""
-    return tl.arange(0, C.BLOCK_DV) % C.DV < C.DV // 2
+    return tl.arange(0, C.BLOCK_DV) % (C.BLOCK_DV // C.GROUP) < C.DV // 2
 
 
 @jit
@@ -396,11 +412,11 @@ def _center(plus, minus, z_plus, z_minus, C: tl.constexpr):
     """S - z m, and the values' mean m = Σ S / Σ z."""
     if C.CENTER:
         sums = tl.sum(tl.where(z_plus < 0.0, -1.0, 1.0)[None, :] * plus, 1)
-        total = _by_head(tl.abs(z_plus)[None, :], C.D, C)
+        total = _by_head(tl.abs(z_plus)[None, :], C)
         if C.SIGNED:
             sums += tl.sum(minus, 1)
-            total += _by_head(z_minus[None, :], C.D, C)
-        total = tl.reshape(tl.broadcast_to(_to_columns(total, C.DV, C), 1, C.BLOCK_DV), C.BLOCK_DV)
+            total += _by_head(z_minus[None, :], C)
+        total = tl.reshape(tl.broadcast_to(_to_columns(total, C), 1, C.BLOCK_DV), C.BLOCK_DV)
         mean = tl.where(total > 0.0, sums / total, 0.0)
         if C.SIGNED:
             first = _first_half(C)[:, None]
@@ -419,17 +435,18 @@ def _center(plus, minus, z_plus, z_minus, C: tl.constexpr):
 
 
 @jit
-def _vector_operand(x, D: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr):
-    """The matrix (BLOCK, 16) of a vector of BLOCK elements, D for each head."""
+def _vector_operand(x, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr):
+    """The matrix (BLOCK, 16) of a vector of BLOCK elements."""
     PARTS: tl.constexpr = 16 // C.GROUP
-    return _vector_columns(x[:, None] + _zeros(1, 16), tl.arange(0, 16) % PARTS, D, BLOCK, OPERAND, C)
+    return _vector_columns(x[:, None] + _zeros(1, 16), tl.arange(0, 16) % PARTS, BLOCK, OPERAND, C)
 
 
 @jit
-def _vector_columns(x, part, D: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr):
+def _vector_columns(x, part, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr):
     PARTS: tl.constexpr = 16 // C.GROUP
     if C.GROUP > 1:
-        x = tl.where((tl.arange(0, BLOCK) // D)[:, None] == (tl.arange(0, 16) // PARTS)[None, :], x, 0.0)
+        head = tl.arange(0, BLOCK) // (BLOCK // C.GROUP)
+        x = tl.where(head[:, None] == (tl.arange(0, 16) // PARTS)[None, :], x, 0.0)
     rounded = x.to(OPERAND)
     rest = (x - rounded.to(tl.float32)).to(OPERAND)
     return tl.where((part == 0)[None, :], rounded, tl.where((part == 1)[None, :], rest, 0.0))
@@ -441,8 +458,8 @@ def _signed_vector_operands(z_plus, z_minus, OPERAND: tl.constexpr, C: tl.conste
     column = tl.arange(0, 16)
     first, part = (column % 2 == 0)[None, :], column % (16 // C.GROUP) // 2
     z_plus, z_minus = z_plus[:, None], z_minus[:, None]
-    plus = _vector_columns(tl.where(first, z_plus, z_minus), part, C.D, C.BLOCK_D, OPERAND, C)
-    return plus, _vector_columns(tl.where(first, z_minus, z_plus), part, C.D, C.BLOCK_D, OPERAND, C)
+    plus = _vector_columns(tl.where(first, z_plus, z_minus), part, C.BLOCK_D, OPERAND, C)
+    return plus, _vector_columns(tl.where(first, z_minus, z_plus), part, C.BLOCK_D, OPERAND, C)
 
 
 @jit
@@ -491,4 +508,4 @@ def _repeated(operand, PRECISION: tl.constexpr, C: tl.constexpr):
 @jit
 def _times_halves(x, first, second, C: tl.constexpr):
     """The values' columns times a number for each head and half."""
-    return tl.where(_first_half(C)[None, :], x * _to_columns(first, C.DV, C), x * _to_columns(second, C.DV, C))
+    return tl.where(_first_half(C)[None, :], x * _to_columns(first, C), x * _to_columns(second, C))

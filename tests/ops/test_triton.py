@@ -13,7 +13,17 @@ from flash_bla.ops import (
     varlen_linear_attention,
 )
 from flash_bla.ops.triton_linear_attention import linear_attention_forward
-from tests.ops.cases import DEVICE, SHAPES, TOLERANCE, VARIANTS, Variant, assert_close, forward_backward, make_inputs
+from tests.ops.cases import (
+    DEVICE,
+    SHAPES,
+    TOLERANCE,
+    VARIANTS,
+    RoundedProducts,
+    Variant,
+    assert_close,
+    forward_backward,
+    make_inputs,
+)
 
 pytest.importorskip("triton")
 
@@ -25,8 +35,17 @@ def test_equals_reference(variant, shape):
         pytest.skip("rope needs M = N")
     for dtype, tolerance in TOLERANCE.items():
         inputs = make_inputs(shape, variant, dtype)
-        expected = forward_backward(linear_attention, variant, inputs, torch.float64, backend="reference")
-        assert_close(forward_backward(linear_attention, variant, inputs, backend="triton"), expected, tolerance)
+
+        def reference(variant=variant, inputs=inputs):
+            return forward_backward(linear_attention, variant, inputs, torch.float64, backend="reference")
+
+        def mixed(reference=reference):
+            with RoundedProducts():
+                return reference()
+
+        results = forward_backward(linear_attention, variant, inputs, backend="triton")
+        # few tokens' powers of up to 5: the parameter's gradient is a sum of few terms of either sign
+        assert_close(results, reference(), tolerance, mixed if dtype == torch.bfloat16 else None)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
