@@ -215,13 +215,22 @@ def single_backward_kernel(
             else:
                 d_scores, d_others = d_others - d_scores, d_others + d_scores
     d_scores, d_others = d_scores.to(OPERAND), d_others.to(OPERAND)
+    if C.PARAMETER:
+        q = _to_product_layout(_load(q_ptr, q_strides, batch, head, d, queries, d < C.D, PAD, C), OPERAND)
     d_phi = _feature_gradient(d_scores, d_others, q, weighted, turned_k, cos, sin, OPERAND, C)
-    dq, da = _features_backward(q, a, phi_q, d_phi, PHI_DX, PHI_DA, C)
+    if C.PARAMETER:
+        phi_q2 = PHI(q, a, C.EXPONENT)
+    else:
+        phi_q2 = phi_q
+    dq, da = _features_backward(q, a, phi_q2, d_phi, PHI_DX, PHI_DA, C)
     _store(dq_ptr, dq_strides, batch, head, d, queries, d < C.D, dq, C)
     if C.PARAMETER and not C.SIGNED:  # by channel Σ φ dφ of queries and keys are the same
-        da = phi_q * d_phi * (-2.0 * C.EXPONENT / a)
+        da = phi_q2 * d_phi
     if dk_ptr is not None:
         d_scores, d_others = tl.trans(d_scores), tl.trans(d_others)
+        if C.PARAMETER:
+            k = _to_product_layout(_load(k_ptr, k_strides, batch, head, d, keys, d < C.D, PAD, C), OPERAND)
+            phi_k = PHI(k, a, C.EXPONENT)
         d_phi = _feature_gradient(d_scores, d_others, k, phi_q, turned_q, cos, sin, OPERAND, C) * factor
         if C.KEY_WEIGHT:
             dwk = _start(dwk_ptr, dwk_strides, batch, head, 0)
@@ -231,5 +240,7 @@ def single_backward_kernel(
         da += da_keys
     if C.PARAMETER:
         if C.SIGNED:
-            da *= 0.6931471805599453
-        _store_parameter_gradient(da_ptr, batch * heads + head, head, heads, tl.sum(da, 0), C)
+            da = tl.sum(da, 0) * 0.6931471805599453
+        else:
+            da = tl.sum(da, 0) * (-2.0 * C.EXPONENT * tl.reshape(1.0 / a, C.BLOCK_D))
+        _store_parameter_gradient(da_ptr, batch * heads + head, head, heads, da, C)
