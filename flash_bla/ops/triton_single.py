@@ -118,6 +118,19 @@ def _feature_gradient(d_scores, d_others, x, phi, turned, cos, sin, OPERAND: tl.
     return d_phi
 
 
+@jit
+def _again(
+    x, phi, pointer, strides, batch, head, column, inside, a,
+    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """x and φ(x), loaded and computed again where registers cannot hold them until now."""
+    if C.PARAMETER:
+        x = _to_product_layout(_load(pointer, strides, batch, head, column, inside, column < C.D, PAD, C), OPERAND)
+        return x, PHI(x, a, C.EXPONENT)
+    else:
+        return x, phi
+
+
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def single_forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, wk_ptr,
@@ -182,8 +195,7 @@ def single_backward_kernel(
     turned_k, turned_q, cos, sin = weighted, phi_q, 0.0, 0.0
     if C.ROPE:
         rope = _load(rope_ptr, rope_strides, 0, head, d, queries, d < C.D, 0.0, C)
-        rope = tl.reshape(_to_product_layout(rope, OPERAND), C.BLOCK_N, C.BLOCK_D // 2, 2)
-        cos, sin = tl.split(rope)
+        cos, sin = tl.split(tl.reshape(_to_product_layout(rope, OPERAND), C.BLOCK_N, C.BLOCK_D // 2, 2))
         turned_k, turned_q = _turn(weighted, cos, sin, C), _turn(phi_q, cos, sin, C)
     scores, others = _scores(phi_q, weighted, turned_q, turned_k, OPERAND, C)
     for half in tl.static_range(HALVES):
@@ -215,32 +227,26 @@ def single_backward_kernel(
             else:
                 d_scores, d_others = d_others - d_scores, d_others + d_scores
     d_scores, d_others = d_scores.to(OPERAND), d_others.to(OPERAND)
-    if C.PARAMETER:
-        q = _to_product_layout(_load(q_ptr, q_strides, batch, head, d, queries, d < C.D, PAD, C), OPERAND)
-    d_phi = _feature_gradient(d_scores, d_others, q, weighted, turned_k, cos, sin, OPERAND, C)
-    if C.PARAMETER:
-        phi_q2 = PHI(q, a, C.EXPONENT)
-    else:
-        phi_q2 = phi_q
-    dq, da = _features_backward(q, a, phi_q2, d_phi, PHI_DX, PHI_DA, C)
+    x, phi = _again(q, phi_q, q_ptr, q_strides, batch, head, d, queries, a, PHI, PAD, OPERAND, C)
+    d_phi = _feature_gradient(d_scores, d_others, x, weighted, turned_k, cos, sin, OPERAND, C)
+    dq, da = _features_backward(x, a, phi, d_phi, PHI_DX, PHI_DA, C)
     _store(dq_ptr, dq_strides, batch, head, d, queries, d < C.D, dq, C)
-    if C.PARAMETER and not C.SIGNED:  # by channel Σ φ dφ of queries and keys are the same
-        da = phi_q2 * d_phi
+    if C.PARAMETER and not C.SIGNED:  # by channel Σ φ dφ, of queries as much as of keys
+        da = phi * d_phi
     if dk_ptr is not None:
         d_scores, d_others = tl.trans(d_scores), tl.trans(d_others)
-        if C.PARAMETER:
-            k = _to_product_layout(_load(k_ptr, k_strides, batch, head, d, keys, d < C.D, PAD, C), OPERAND)
-            phi_k = PHI(k, a, C.EXPONENT)
-        d_phi = _feature_gradient(d_scores, d_others, k, phi_q, turned_q, cos, sin, OPERAND, C) * factor
+        x, phi = _again(k, phi_k, k_ptr, k_strides, batch, head, d, keys, a, PHI, PAD, OPERAND, C)
+        d_phi = _feature_gradient(d_scores, d_others, x, phi_q, turned_q, cos, sin, OPERAND, C) * factor
         if C.KEY_WEIGHT:
             dwk = _start(dwk_ptr, dwk_strides, batch, head, 0)
-            _store_weight(dwk, dwk_strides, head, heads, keys, tl.sum(d_phi * phi_k, 1)[:, None], C)
-        dk, da_keys = _features_backward(k, a, phi_k, d_phi * w, PHI_DX, PHI_DA, C)
+            _store_weight(dwk, dwk_strides, head, heads, keys, tl.sum(d_phi * phi, 1)[:, None], C)
+        dk, da_keys = _features_backward(x, a, phi, d_phi * w, PHI_DX, PHI_DA, C)
         _store(dk_ptr, dk_strides, batch, head, d, keys, d < C.D, dk, C)
         da += da_keys
     if C.PARAMETER:
+        da = tl.sum(da, 0)
         if C.SIGNED:
-            da = tl.sum(da, 0) * 0.6931471805599453
+            da *= 0.6931471805599453
         else:
-            da = tl.sum(da, 0) * (-2.0 * C.EXPONENT * tl.reshape(1.0 / a, C.BLOCK_D))
+            da *= tl.reshape(-2.0 * C.EXPONENT / a, C.BLOCK_D)
         _store_parameter_gradient(da_ptr, batch * heads + head, head, heads, da, C)
