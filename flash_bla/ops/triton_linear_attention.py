@@ -83,14 +83,15 @@ class _Problem(NamedTuple):
     @property
     def sums_keys_again(self) -> bool:
         """Whether the backward pass does: the state would be about as large as keys and values are."""
-        return self.short and not self.softmax and self.longest <= 2 * self.q.shape[3]
+        return self.short and not self.softmax and self.longest <= 2 * self.q.shape[3] and self.signs == 1
 
     @property
     def single(self) -> bool:
         """Whether the kernels for sequences of one tile do all that is asked for."""
         return (
-            self.sums_keys_again and self.longest <= 64 and max(self.q.shape[3], self.v.shape[3]) <= 64
-            and self.q.dtype == torch.bfloat16 and self.normalize and self.q_denominator is None
+            self.short and self.longest <= min(64, 2 * self.q.shape[3]) and self.normalize and not self.softmax
+            and max(self.q.shape[3], self.v.shape[3]) <= 64 and self.q.dtype == torch.bfloat16
+            and self.q_denominator is None
         )  # fmt: skip
 
     def new_empty(self, *shape: int) -> Tensor:
@@ -104,7 +105,7 @@ class _Problem(NamedTuple):
 
     def saved_state(self) -> Tensor | None:
         """What the forward pass leaves for the backward pass."""
-        return None if self.sums_keys_again else self.empty_state(1)[0]
+        return None if self.sums_keys_again or self.single else self.empty_state(1)[0]
 
     def empty_ratios(self) -> Tensor | None:
         """The norm ratios of queries and keys, beside each other."""

@@ -8,9 +8,8 @@ mean is to be taken out of the gradients. With i = 1 / (Σ P / M + ε) for each 
 
 With a rotary encoding the first term of dP belongs to the scores of turned features, and the second to the others.
 
-``signed_power`` has scores for each half of the values' columns, P₊ of equal signs and P₋ of opposite ones. With
-φ(x) = sign(x) |x|ᵃ they are P₊ ± P₋ = |φ(q)| |φ(k)|ᵀ and φ(q) φ(k)ᵀ, two products instead of four; the kernels have
-twice P₊ and P₋, and twice the ε.
+``signed_power`` has scores for each half of the values' columns, of equal and of opposite signs. (Two products of
+sign(x) |x|ᵃ and of |x|ᵃ would give their sum and difference; but gradients then cancel between numbers rounded.)
 
 A program for each sequence and head backward, and one for each place on the device forward, which loads the next head's
 tiles while it computes. For names see triton_kernels.py.
@@ -21,14 +20,18 @@ from __future__ import annotations
 from flash_bla.ops.triton_kernels import _store_parameter_gradient
 from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, tl
 from flash_bla.ops.triton_tiles import (
+    _by_eighth,
     _features_backward,
     _load_factor,
     _load_parameter,
     _load_rope,
     _load_weight,
+    _of_sign,
     _offsets,
+    _operands,
     _start,
     _store_weight,
+    _sum_eighths,
     _turn,
 )
 
@@ -63,59 +66,46 @@ def _half_columns(half: tl.constexpr, C: tl.constexpr):
 
 
 @jit
-def _key_factor(a_ptr, wk_ptr, wk_strides, batch, head, heads, keys, C: tl.constexpr):
-    """What the keys' features are to be multiplied with: their weight, and what the focusing map's features lack."""
-    w = 1.0
-    if C.KEY_WEIGHT:
-        w = _load_weight(_start(wk_ptr, wk_strides, batch, head, 0), wk_strides, head, heads, keys, 0.0, C)
-    factor = _load_factor(a_ptr, head, heads, C)
-    return w, factor * factor  # that of the queries, too
-
-
-@jit
 def _least(wq_ptr, wq_strides, batch, head, heads, queries, eps, C: tl.constexpr):
     """What is added to the sums of scores: the queries' weights cancel but for ε."""
     if C.QUERY_WEIGHT:
         w = _load_weight(_start(wq_ptr, wq_strides, batch, head, 0), wq_strides, head, heads, queries, 1.0, C)
         return eps / w
-    elif C.SIGNED:
-        return 2.0 * eps
     else:
         return eps
 
 
 @jit
-def _scores(q, k, turned_q, turned_k, OPERAND: tl.constexpr, C: tl.constexpr):
-    """The scores of turned features and the others; if ``SIGNED``, φ(q) φ(k)ᵀ and |φ(q)| |φ(k)|ᵀ."""
-    scores = tl.dot(turned_q.to(OPERAND), tl.trans(turned_k.to(OPERAND)))
-    if C.SIGNED:
-        return scores, tl.dot(tl.abs(q).to(OPERAND), tl.trans(tl.abs(k).to(OPERAND)))
-    elif C.ROPE:
-        return scores, tl.dot(q.to(OPERAND), tl.trans(k.to(OPERAND)))
+def _turned(phi, operand, w, cos, sin, OPERAND: tl.constexpr, C: tl.constexpr):
+    """The operand of the numerator, which ``operand`` is without a rotary encoding."""
+    if C.ROPE:
+        return _turn(phi if w is None else phi * w, cos, sin, C).to(OPERAND)
     else:
-        return scores, scores
+        return operand
 
 
 @jit
-def _half_scores(scores, others, half: tl.constexpr, C: tl.constexpr):
-    """The scores of the numerator and of the denominator."""
+def _scores(q, k, turned_q, turned_k, half: tl.constexpr, C: tl.constexpr):
+    """Those of turned features, and the others; if ``SIGNED``, of equal signs in the first half, then of opposite."""
     if C.SIGNED:
-        scores = others + scores if half == 0 else others - scores
+        scores = tl.dot(q[0], tl.trans(k[half]))
+        scores = tl.dot(q[1], tl.trans(k[1 - half]), scores)
         return scores, scores
     else:
-        return scores, others
+        scores = tl.dot(q[0], tl.trans(k[0]))
+        return tl.dot(turned_q, tl.trans(turned_k)) if C.ROPE else scores, scores
 
 
 @jit
-def _feature_gradient(d_scores, d_others, x, phi, turned, cos, sin, OPERAND: tl.constexpr, C: tl.constexpr):
-    """Of φ(x), from the gradients by what ``_scores`` returns, and the features of the other side."""
-    d_phi = tl.dot(d_scores, turned.to(OPERAND))
+def _feature_gradients(d_scores, d_others, phi, turned, cos, sin, C: tl.constexpr):
+    """By φ(x), and by φ(-x) if ``SIGNED``, from those by both scores, and the operands of the other side."""
     if C.SIGNED:
-        magnitudes = tl.dot(d_others, tl.abs(phi).to(OPERAND)).to(tl.int32, bitcast=True)
-        d_phi += (magnitudes ^ (x.to(tl.int32, bitcast=True) & -(2**31))).to(tl.float32, bitcast=True)
+        plus = tl.dot(d_others, phi[1], tl.dot(d_scores, phi[0]))
+        return plus, tl.dot(d_others, phi[0], tl.dot(d_scores, phi[1]))
     elif C.ROPE:
-        d_phi = tl.dot(d_others, phi.to(OPERAND), _turn(d_phi, cos, -sin, C))
-    return d_phi
+        return tl.dot(d_others, phi[0], _turn(tl.dot(d_scores, turned), cos, -sin, C)), 0.0
+    else:
+        return tl.dot(d_scores, phi[0]), 0.0
 
 
 @jit
@@ -150,21 +140,25 @@ def single_forward_kernel(
         k = _load(k_ptr, k_strides, batch, head, d, keys, d < C.D, 0.0, C)
         k = tl.where(keys[:, None] & (d < C.D)[None, :], k.to(tl.float32), PAD)  # φ is zero where PAD stands
         q = _load(q_ptr, q_strides, batch, head, d, queries, d < C.D, 0.0, C)
-        w, factor = _key_factor(a_ptr, wk_ptr, wk_strides, batch, head, heads, keys, C)
-        k, q = PHI(k, a, C.EXPONENT) * w * factor, PHI(q.to(tl.float32), a, C.EXPONENT)
-        turned_k, turned_q = k, q
+        factor = _load_factor(a_ptr, head, heads, C)
+        k, q = PHI(k, a, C.EXPONENT) * (factor * factor), PHI(q.to(tl.float32), a, C.EXPONENT)
+        w = None
+        if C.KEY_WEIGHT:
+            w = _load_weight(_start(wk_ptr, wk_strides, batch, head, 0), wk_strides, head, heads, keys, 0.0, C)
+        phi_k, phi_q = _operands(k, w, OPERAND, C), _operands(q, None, OPERAND, C)
+        cos, sin = 0.0, 0.0
         if C.ROPE:
             rope = _start(rope_ptr, rope_strides, 0, head, 0) + _offsets(d * 0, d, rope_strides, C)
             cos, sin = _load_rope(rope, queries[:, None] & (d < C.D)[None, :], None, OPERAND, C)
-            turned_k, turned_q = _turn(k, cos, sin, C), _turn(q, cos, sin, C)
-        scores, others = _scores(q, k, turned_q, turned_k, OPERAND, C)
+        turned_k = _turned(k, phi_k[0], w, cos, sin, OPERAND, C)
+        turned_q = _turned(q, phi_q[0], None, cos, sin, OPERAND, C)
         least = _least(wq_ptr, wq_strides, batch, head, heads, queries, eps, C)
         for half in tl.static_range(HALVES):
             c, exists = _half_columns(half, C)
             v = _load(v_ptr, v_strides, batch, head, c, keys, exists, 0.0, C).to(OPERAND)
-            numerator, denominator = _half_scores(scores, others, half, C)
-            inverse = scale / (tl.sum(denominator, 1)[:, None] * one + least)
-            o = tl.dot(numerator.to(OPERAND), v) * inverse
+            scores, others = _scores(phi_q, phi_k, turned_q, turned_k, half, C)
+            inverse = scale / (tl.sum(others, 1)[:, None] * one + least)
+            o = tl.dot(scores.to(OPERAND), v) * inverse
             _store(o_ptr, o_strides, batch, head, c, queries, exists, o, C)
 
 
@@ -184,28 +178,32 @@ def single_backward_kernel(
     k = _load(k_ptr, k_strides, batch, head, d, keys, d < C.D, PAD, C)
     q = _load(q_ptr, q_strides, batch, head, d, queries, d < C.D, PAD, C)
     a = _load_parameter(a_ptr, head, heads, C)
-    w, factor = _key_factor(a_ptr, wk_ptr, wk_strides, batch, head, heads, keys, C)
+    w = None
+    if C.KEY_WEIGHT:
+        w = _load_weight(_start(wk_ptr, wk_strides, batch, head, 0), wk_strides, head, heads, keys, 0.0, C)
+    factor = _load_factor(a_ptr, head, heads, C)
+    factor *= factor  # that of the queries, too
     least = tl.where(queries[:, None], _least(wq_ptr, wq_strides, batch, head, heads, queries, eps, C), 1.0)
     one = 1.0 / tl.maximum(key_length, 1).to(tl.float32)
     if C.MEAN:
         scale = one
     k, q = _to_product_layout(k, OPERAND), _to_product_layout(q, OPERAND)
     phi_k, phi_q = PHI(k, a, C.EXPONENT), PHI(q, a, C.EXPONENT)
-    weighted = phi_k * w * factor
-    turned_k, turned_q, cos, sin = weighted, phi_q, 0.0, 0.0
+    q_operands, k_operands = _operands(phi_q, None, OPERAND, C), _operands(phi_k * factor, w, OPERAND, C)
+    cos, sin = 0.0, 0.0
     if C.ROPE:
         rope = _load(rope_ptr, rope_strides, 0, head, d, queries, d < C.D, 0.0, C)
         cos, sin = tl.split(tl.reshape(_to_product_layout(rope, OPERAND), C.BLOCK_N, C.BLOCK_D // 2, 2))
-        turned_k, turned_q = _turn(weighted, cos, sin, C), _turn(phi_q, cos, sin, C)
-    scores, others = _scores(phi_q, weighted, turned_q, turned_k, OPERAND, C)
+    turned_q = _turned(phi_q, q_operands[0], None, cos, sin, OPERAND, C)
+    turned_k = _turned(phi_k * factor, k_operands[0], w, cos, sin, OPERAND, C)
     for half in tl.static_range(HALVES):
         c, exists = _half_columns(half, C)
         v = _load(v_ptr, v_strides, batch, head, c, keys, exists, 0.0, C).to(OPERAND)
         do = _load(do_ptr, do_strides, batch, head, c, queries, exists, 0.0, C).to(OPERAND)
-        numerator, denominator = _half_scores(scores, others, half, C)
+        scores, others = _scores(q_operands, k_operands, turned_q, turned_k, half, C)
         d_scores = tl.dot(do, tl.trans(v))
-        inverse = 1.0 / (tl.sum(denominator, 1)[:, None] * one + least)
-        shift = inverse * tl.sum(numerator * d_scores, 1)[:, None]
+        inverse = 1.0 / (tl.sum(others, 1)[:, None] * one + least)
+        shift = inverse * tl.sum(scores * d_scores, 1)[:, None]
         if C.QUERY_WEIGHT:
             # by the weight's logarithm, ε do · o / (φ̃(q) · z + ε)², where that is more than rounding
             share = least * inverse
@@ -215,36 +213,40 @@ def single_backward_kernel(
         inverse *= scale
         shift *= inverse * one
         if dv_ptr is not None:
-            dv = tl.dot(tl.trans((numerator * inverse).to(OPERAND)), do)
+            dv = tl.dot(tl.trans((scores * inverse).to(OPERAND)), do)
             _store(dv_ptr, dv_strides, batch, head, c, keys, exists, dv, C)
         d_scores *= inverse
         if C.ROPE:
             d_others = tl.broadcast_to(-shift, C.BLOCK_N, C.BLOCK_N)
         else:
-            d_scores -= shift
-            if half == 0:
-                d_others = d_scores
-            else:
-                d_scores, d_others = d_others - d_scores, d_others + d_scores
-    d_scores, d_others = d_scores.to(OPERAND), d_others.to(OPERAND)
+            d_others = d_scores - shift
+        if half == 0:
+            d_first = d_scores if C.ROPE else d_others
+    d_scores, d_others = d_first.to(OPERAND), d_others.to(OPERAND)
+    d_phi, d_minus = _feature_gradients(d_scores, d_others, k_operands, turned_k, cos, sin, C)
     x, phi = _again(q, phi_q, q_ptr, q_strides, batch, head, d, queries, a, PHI, PAD, OPERAND, C)
-    d_phi = _feature_gradient(d_scores, d_others, x, weighted, turned_k, cos, sin, OPERAND, C)
+    if C.SIGNED:
+        d_phi = _of_sign(x, d_phi, d_minus)
     dq, da = _features_backward(x, a, phi, d_phi, PHI_DX, PHI_DA, C)
     _store(dq_ptr, dq_strides, batch, head, d, queries, d < C.D, dq, C)
-    if C.PARAMETER and not C.SIGNED:  # by channel Σ φ dφ, of queries as much as of keys
-        da = phi * d_phi
+    if C.PARAMETER:
+        # by the focusing map's scale, by channel Σ φ dφ, of queries as much as of keys
+        da = _by_eighth(da if C.SIGNED else phi * d_phi, C)
     if dk_ptr is not None:
         d_scores, d_others = tl.trans(d_scores), tl.trans(d_others)
+        d_phi, d_minus = _feature_gradients(d_scores, d_others, q_operands, turned_q, cos, sin, C)
         x, phi = _again(k, phi_k, k_ptr, k_strides, batch, head, d, keys, a, PHI, PAD, OPERAND, C)
-        d_phi = _feature_gradient(d_scores, d_others, x, phi_q, turned_q, cos, sin, OPERAND, C) * factor
+        d_phi = _of_sign(x, d_phi, d_minus) if C.SIGNED else d_phi * factor
         if C.KEY_WEIGHT:
             dwk = _start(dwk_ptr, dwk_strides, batch, head, 0)
             _store_weight(dwk, dwk_strides, head, heads, keys, tl.sum(d_phi * phi, 1)[:, None], C)
-        dk, da_keys = _features_backward(x, a, phi, d_phi * w, PHI_DX, PHI_DA, C)
+            d_phi *= w
+        dk, da_keys = _features_backward(x, a, phi, d_phi, PHI_DX, PHI_DA, C)
         _store(dk_ptr, dk_strides, batch, head, d, keys, d < C.D, dk, C)
-        da += da_keys
+        if C.SIGNED:
+            da += _by_eighth(da_keys, C)
     if C.PARAMETER:
-        da = tl.sum(da, 0)
+        da = _sum_eighths(da)
         if C.SIGNED:
             da *= 0.6931471805599453
         else:
