@@ -323,12 +323,10 @@ def backward_kernel(
         plus, minus, z_plus, z_minus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
     plus, minus, mean = _center(plus, minus, z_plus, z_minus, C)
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    # of two signs, registers cannot hold both the sums and what the gradients need
     d_plus, d_minus, dz_plus, dz_minus, da = differentiate_queries(
         q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
         rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus, z_minus,
-        mean, 0.0, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C, True,
-        not C.SIGNED,
+        mean, 0.0, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C, True, True,
     )  # fmt: skip
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     da_keys, _ = differentiate_keys(
@@ -337,16 +335,6 @@ def backward_kernel(
         d_plus, d_minus, dz_plus, dz_minus, mean, 0.0, 0.0, 0.0, batch, head, heads, first, 0, count, count, scale,
         PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
     )  # fmt: skip
-    if C.SIGNED:
-        plus, minus, z_plus, z_minus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
-        plus, minus, mean = _center(plus, minus, z_plus, z_minus, C)
-        sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-        _, _, _, _, da = differentiate_queries(
-            q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-            rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus, z_minus,
-            mean, 0.0, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C, False,
-            True,
-        )  # fmt: skip
     if C.PARAMETER:
         da += da_keys
         if not C.SIGNED:

@@ -83,15 +83,14 @@ class _Problem(NamedTuple):
     @property
     def sums_keys_again(self) -> bool:
         """Whether the backward pass does: the state would be about as large as keys and values are."""
-        return self.short and not self.softmax and self.longest <= 2 * self.q.shape[3] and self.signs == 1
+        return self.short and not self.softmax and self.longest <= 2 * self.q.shape[3]
 
     @property
     def single(self) -> bool:
         """Whether the kernels for sequences of one tile do all that is asked for."""
         return (
-            self.short and self.longest <= min(64, 2 * self.q.shape[3]) and self.normalize and not self.softmax
-            and max(self.q.shape[3], self.v.shape[3]) <= 64 and self.q.dtype == torch.bfloat16
-            and self.q_denominator is None
+            self.sums_keys_again and self.longest <= 64 and max(self.q.shape[3], self.v.shape[3]) <= 64
+            and self.q.dtype == torch.bfloat16 and self.normalize and self.q_denominator is None
         )  # fmt: skip
 
     def new_empty(self, *shape: int) -> Tensor:
@@ -105,7 +104,7 @@ class _Problem(NamedTuple):
 
     def saved_state(self) -> Tensor | None:
         """What the forward pass leaves for the backward pass."""
-        return None if self.sums_keys_again or self.single else self.empty_state(1)[0]
+        return None if self.sums_keys_again else self.empty_state(1)[0]
 
     def empty_ratios(self) -> Tensor | None:
         """The norm ratios of queries and keys, beside each other."""
@@ -230,6 +229,7 @@ TUNING = {
         output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
         key_gradient_kernel: (Tuning(32, 2, 3, None), Tuning(32, 2, 3, None)),
+        single_forward_kernel: (Tuning(0, 3, 2, 168, True), Tuning(0, 3, 2, 168, True)),
     },
 }
 
