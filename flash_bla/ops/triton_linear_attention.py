@@ -90,10 +90,9 @@ class _Problem(NamedTuple):
     @property
     def single(self) -> bool:
         """Whether the kernels for sequences of one tile do all that is asked for."""
-        extras = (self.q_denominator, self.parameter, self.key_weight, self.rope)
         return (
             self.sums_keys_again and self.longest <= 64 and max(self.q.shape[3], self.v.shape[3]) <= 64
-            and self.q.dtype == torch.bfloat16 and self.normalize and all(x is None for x in extras)
+            and self.q.dtype == torch.bfloat16 and self.normalize and self.q_denominator is None
         )  # fmt: skip
 
     def new_empty(self, *shape: int) -> Tensor:
@@ -242,6 +241,7 @@ TUNING = {
         output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
         key_gradient_kernel: (Tuning(32, 2, 3, None), Tuning(32, 2, 3, None)),
+        single_forward_kernel: (Tuning(0, 3, 2, 168, True), Tuning(0, 3, 2, 168, True)),
     },
     "wide": {
         query_sum_kernel: (None, Tuning(0, 8, 1, None, warps=4, rows=64)),
@@ -368,9 +368,12 @@ def record_forward(
                  record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
     o = p.empty_output()
     arguments = p.arguments() | _with_strides(dict(o=o))
+    if p.single:
+        _launch(single_forward_kernel, p, arguments)
+        return o, None
     if _fits(forward_kernel, p):
         state = p.saved_state() if keep_state else None
-        _launch(single_forward_kernel if p.single else forward_kernel, p, arguments | dict(state_ptr=state))
+        _launch(forward_kernel, p, arguments | dict(state_ptr=state))
         return o, state
     if p.softmax:
         query_splits = _split(query_sum_kernel, p, p.q.shape[2])
@@ -405,10 +408,7 @@ def record_backward(
     dwq = p.empty_like(p.query_weight)
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
-    if p.single:
-        _launch(single_backward_kernel, p, arguments)
-        return dq, dk, dv, None, None, None, None, None
-    whole = keys and _fits(backward_kernel, p)
+    whole = p.single or keys and _fits(backward_kernel, p)
     apart = keys and (p.softmax or p.signs == 2)  # the queries' gradients are a launch after their sums
     query_splits = 1 if whole else _split(query_gradient_kernel, p, q.shape[2])
     key_splits = _split(key_gradient_kernel, p, k.shape[2]) if keys and not whole else 0
@@ -422,7 +422,8 @@ def record_backward(
         da = p.new_empty(sum(rows), *parameter.shape)
         da_queries, da_keys = da[: rows[0]], da[rows[0] :]
     if whole:
-        _launch(backward_kernel, p, arguments | dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries))
+        arguments |= dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries)
+        _launch(single_backward_kernel if p.single else backward_kernel, p, arguments)
         return dq, dk, dv, dqd, dkd, da, dwq, dwk
     if p.sums_keys_again:
         state = p.empty_state(1)[0]

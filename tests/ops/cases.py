@@ -19,6 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Dv ≠ D, M ≠ N, keys so wide that values are cut
 SHAPES = [
     (2, 2, 1, 1, 16, 16),
+    (1, 2, 10, 16, 8, 8),
     (1, 2, 17, 17, 8, 8),
     (1, 3, 127, 127, 24, 24),
     (1, 1, 197, 197, 36, 36),
