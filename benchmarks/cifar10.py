@@ -3,9 +3,10 @@
 
     python benchmarks/cifar10.py --data-dir /data/cifar10 --precision bf16 --compile
 
-The model has the 7 blocks of width 256 of ViT-Lite-7 (Hassani et al., "Escaping the Big Data Paradigm with Compact
-Transformers", 2021) and a convolutional stem, the recipe is benchmarks/cifar10_recipes/muon.yaml; all runs differ in
-the attention and the seed alone, or in the recipe where several are given, to find the best one:
+The model is as deep and wide as ViT-Lite-7 (Hassani et al., "Escaping the Big Data Paradigm with Compact Transformers",
+2021), 7 blocks of width 256, with MLPs twice as wide and a convolutional stem; the recipe is that of
+benchmarks/cifar10_recipes/muon.yaml. All runs differ in the attention and the seed alone, or in the recipe where
+several are given, to find the best one:
 
     python benchmarks/cifar10.py --data-dir /data/cifar10 --precision bf16 --compile --attentions linear softmax \
         --recipes benchmarks/cifar10_recipes/*.yaml --epochs 20 --runs-per-gpu 4 --output output/cifar10-recipes
@@ -53,12 +54,14 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = Path(__file__).parent / "cifar10_recipes"
 ATTENTIONS = ("linear", "focused", "pola", "mlla", "rala", "softmax")
 MODEL = {"embed_dim": 256, "depth": 7, "num_heads": 4, "conv_stem": True}
+STOPPED = 75  # train.py was asked to
 TAIL = 20  # lines of the log of a run that failed
 # Column of the table: what it shows of a row.
 COLUMNS = {
     "recipe": lambda row: row["recipe"],
     "attention": lambda row: row["attention"],
     "seeds": lambda row: row["seeds"],
+    "epochs": lambda row: str(row["epochs"]),
     "parameters": lambda row: f"{row['parameters'] / 1e6:.2f} M",
     "top-1, %": lambda row: f"{row['top1']:.2f}" + (f" ± {row['top1_std']:.2f}" if row["top1_std"] is not None else ""),
     "training": lambda row: f"{row['seconds'] / 60:.1f} min",
@@ -165,6 +168,8 @@ def run_all(runs: Sequence[Run], places: Sequence[str], finished: Callable[[], N
             for process in [process for process in running if process.poll() is not None]:
                 run, device = running.pop(process)
                 free.append(device)
+                if process.returncode == STOPPED:  # so must this be
+                    raise KeyboardInterrupt
                 if process.returncode == 0 and (summary := run.summary()):
                     say(f"{run}: top-1 {summary['last']['top1']:.2f} after {summary['last']['seconds'] / 60:.1f} min")
                     finished()
@@ -187,11 +192,15 @@ def table_row(runs: Sequence[Run]) -> dict[str, Any]:
     """
     histories = [run.history() for run in runs]
     top1 = [float(rows[-1]["top1"]) for rows in histories]
-    speeds = [statistics.median(float(row["images_per_second"]) for row in rows) for rows in histories]
+    speeds = [
+        statistics.median(float(row["images_per_second"]) for row in rows if row["images_per_second"])
+        for rows in histories
+    ]
     return {
         "recipe": runs[0].recipe,
         "attention": runs[0].attention,
         "seeds": " ".join(str(run.seed) for run in runs),
+        "epochs": int(histories[0][-1]["epoch"]),
         "parameters": runs[0].summary()["parameters"],
         "top1": statistics.mean(top1),
         "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
@@ -270,6 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("output/cifar10"), help="default: output/cifar10")
     args, passed_on = parser.parse_known_args(argv)
 
+    if args.runs_per_gpu < 1:
+        parser.error(f"--runs-per-gpu: at least 1, got {args.runs_per_gpu}")
     runs = plan(args, passed_on)
     gpus = visible_gpus()
     unfinished = [run for run in runs if run.summary() is None]
@@ -290,4 +301,4 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         say("stopped: start it again to go on")
-        sys.exit(75)
+        sys.exit(STOPPED)

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import timm
@@ -139,14 +140,19 @@ def measure_apart(cases: Sequence[Case], seconds: float) -> Iterator[tuple[Case,
     command = [sys.executable, "-m", "benchmarks.models", "--seconds", str(seconds), "--worker"]
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
     workers = [subprocess.Popen([*command, json.dumps(case)], **options) for case in cases]
-    answers = [_answer(worker) for worker in workers]
-    for case, worker, answer in zip(cases, workers, answers, strict=True):
-        if answer == {"ready": True}:
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            answer = _answer(worker)
-        worker.communicate()
-        yield case, answer
+    try:
+        answers = [_answer(worker) for worker in workers]
+        for case, worker, answer in zip(cases, workers, answers, strict=True):
+            if answer == {"ready": True}:
+                with suppress(BrokenPipeError):  # it died since: no answer
+                    worker.stdin.write("go\n")
+                    worker.stdin.flush()
+                answer = _answer(worker)
+            worker.wait()
+            yield case, answer
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
 def _answer(worker: subprocess.Popen) -> dict:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from flash_bla.engine.checkpoint import write_atomically
 
 Row = dict[str, object]
 
@@ -24,10 +27,11 @@ def merge_rows(path: Path, columns: Sequence[str], key: Sequence[str], rows: Ite
         text = {name: _text(row.get(name)) for name in columns}
         merged[tuple(text[name] for name in key)] = text
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(merged.values())
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(merged.values())
+    write_atomically(path, file.getvalue().encode())
     return list(merged.values())
 
 

@@ -7,8 +7,8 @@ It makes pictures of eight classes (gratings under noise), and trains mlla_tiny 
 of processes: --batch-size images in a pass of each, and as many passes to an update as give all runs one total batch.
 The pictures are held in memory and augmented on the device, so that no loader is in the way. It prints, and writes to
 scaling.csv, the median images/s over the epochs but the first, its ratio to that of the first run, and the training
-loss of each epoch. A run that is complete is not repeated. With `--device cpu` the processes talk by gloo: enough to
-try it.
+loss of each epoch. A run that is complete is not repeated, and one of other flags refused. With `--device cpu` the
+processes talk by gloo: enough to try it.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ def make_pictures(folder: Path, count: int, size: int) -> None:
 
 
 def train(processes: int, passes: int, folder: Path, flags: Sequence[str]) -> list[dict[str, str]]:
-    """Trains under torchrun, unless that is done, and returns the rows of the log."""
-    if not (folder / "summary.json").is_file():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["train.py", *flags, "--grad-accum", str(passes), "--output", str(folder)]
-        subprocess.run(command, cwd=ROOT, check=True)
+    """Trains under torchrun and returns the rows of the log. train.py takes up, or refuses, what the folder holds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["train.py", *flags, "--grad-accum", str(passes), "--output", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
     with open(folder / "log.csv", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -58,7 +57,8 @@ def train(processes: int, passes: int, folder: Path, flags: Sequence[str]) -> li
 def table(logs: dict[int, list[dict[str, str]]]) -> list[dict[str, Any]]:
     """A row for each number of processes."""
     speeds = {
-        count: statistics.median(float(row["images_per_second"]) for row in rows[1:]) for count, rows in logs.items()
+        count: statistics.median(float(row["images_per_second"]) for row in rows[1:] if row["images_per_second"])
+        for count, rows in logs.items()
     }
     first = next(iter(speeds.values()))
     return [
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "5",
         "--warmup-epochs",
         "1",
-    ]
+    ]  # fmt: skip
     flags += ["--eval-every", "99", "--no-preview", *passed_on]
     logs = {
         count: train(count, most // count, output / f"processes-{count}", flags) for count in args.processes

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from triton import TritonError
 
 from benchmarks import timing
 from benchmarks.operators import DTYPE, OPS, SHAPES, backward, forward, make_inputs
@@ -40,8 +41,8 @@ def seconds(name: str, shape: Sequence[int], device: torch.device) -> float:
         for make in (lambda x: partial(forward, op.run, x), lambda x: backward(op.run, x)):
             each = [make(x) for x in sets]
             total += timing.kernel_seconds([each[i % count] for i in range(calls)], device)
-    except Exception as error:  # Triton has several for kernels that ask for too much
-        print(f"    {type(error).__name__}")
+    except TritonError as error:  # the kernels ask for too much
+        print(f"    {error}")
         return math.inf
     return total
 
@@ -88,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Tuning]:
     parser.add_argument("--shape", choices=SHAPES, default="vit_s", metavar="SHAPE", help=f"{', '.join(SHAPES)}")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = tune(args.op, SHAPES[args.shape], device)
+    with timing.side_stream(device):
+        found = tune(args.op, SHAPES[args.shape], device)
     for kernel, tuning in found.items():
         print(f"{kernel}: {tuning}")
     return found

@@ -127,6 +127,13 @@ def test_a_free_gpu_takes_the_next_run(tmp_path, capsys):
     assert unfinished.gpu is None
 
 
+def test_a_run_that_was_asked_to_stop_ends_the_others(tmp_path):
+    jobs = [Job(script, tmp_path) for script in ("exec sleep 60", "exit 75", "exit 0")]
+    with pytest.raises(KeyboardInterrupt):
+        cifar10.run_all(jobs, ["a", "b"], pytest.fail)
+    assert [job.process and job.process.returncode for job in jobs] == [-15, 75, None]
+
+
 def test_a_stop_ends_the_runs(tmp_path, monkeypatch):
     jobs = [Job("exec sleep 60", tmp_path) for _ in range(3)]
 
@@ -177,11 +184,11 @@ def test_figures_over_seeds(tmp_path):
         runs.append(run)
     row = cifar10.table_row(runs)
     assert row == {
-        "recipe": "adamw", "attention": "pola", "seeds": "0 1", "parameters": 6_012_345, "top1": 91.5,
+        "recipe": "adamw", "attention": "pola", "seeds": "0 1", "epochs": 3, "parameters": 6_012_345, "top1": 91.5,
         "top1_std": pytest.approx(4.5**0.5), "seconds": 195.0, "images_per_second": 40.5, "memory_gib": 6.0,
     }  # fmt: skip
     last = cifar10.markdown([row]).splitlines()[-1]
-    assert last == "| adamw | pola | 0 1 | 6.01 M | 91.50 ± 2.12 | 3.2 min | 40 | 6.0 GiB |"
+    assert last == "| adamw | pola | 0 1 | 3 | 6.01 M | 91.50 ± 2.12 | 3.2 min | 40 | 6.0 GiB |"
     assert cifar10.mean_curve(runs) == {2: 78.0, 3: 91.5}
     assert cifar10.table_row(runs[:1])["top1_std"] is None
 
