@@ -21,6 +21,7 @@ from eval import load_model
 from flash_bla.engine.checkpoint import write_atomically
 from flash_bla.engine.config import EvalConfig, RunError
 from flash_bla.engine.pictures import AttentionMap, attention_map, draw_attention, pixels
+from flash_bla.engine.processes import start_processes
 
 
 def main(argv: list[str] | None = None) -> AttentionMap:
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> AttentionMap:
 
     settings = {"checkpoint": args.checkpoint, "model": args.model, "pretrained": args.pretrained}
     model, data, _ = load_model(EvalConfig(**settings, img_size=args.img_size))
-    model.to(args.device).eval()
+    device = start_processes(args.device).device
+    model.to(device).eval()
     transform = create_transform(
         data["input_size"], interpolation=data["interpolation"], mean=data["mean"], std=data["std"],
         crop_pct=data["crop_pct"], crop_mode=data["crop_mode"],
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> AttentionMap:
     layer = int(args.layer) if args.layer.lstrip("-").isdigit() else args.layer
     token = args.token and (tuple(args.token) if len(args.token) == 2 else args.token[0])
     try:
-        attention = attention_map(model, image.to(args.device), layer, token)
+        attention = attention_map(model, image.to(device), layer, token)
     except ValueError as error:
         raise RunError(str(error)) from error
     write_atomically(args.output, draw_attention(attention, pixels(image, data)[0], args.each_head))

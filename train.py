@@ -292,14 +292,16 @@ def train(config: TrainConfig, processes: Processes) -> int:
                     return save_and_stop()
                 row |= {"val_loss": figures["loss"], "top1": figures["top1"], "top5": figures["top5"]}
             unreadable.update(*processes.gather(unreadable))
-            row |= {"images_per_second": speed, "skipped_updates": skipped, "unreadable_images": len(unreadable)}
+            if update > epoch_start:  # and not stopped between an epoch's last update and its evaluation
+                row["images_per_second"] = speed
+            row |= {"skipped_updates": skipped, "unreadable_images": len(unreadable)}
             log.epoch(row | {"seconds": time.monotonic() - started, "memory_gib": memory_used(device)})
             epoch, update = epoch + 1, 0
             schedule.step(epoch)
             meter.start_epoch()
-            if row.get("top1", -1.0) > best:
-                best = row["top1"]
-                folder.save_best(snapshot())
+            top1 = row.get("top1", -1.0)
+            if top1 > best and all(processes.gather(folder.save_best(snapshot() | {"best": top1}))):
+                best = top1
             if epoch % config.save_epochs == 0 or epoch == epochs:
                 saved, save_time = folder.save_last(snapshot()), time.monotonic()
     finally:
@@ -308,8 +310,9 @@ def train(config: TrainConfig, processes: Processes) -> int:
         stop.close()
         log.close()
 
-    if not saved:
-        raise RunError(f"the run is complete, but its end could not be saved in {config.output}")
+    if not saved or best < 0:
+        lost = "best weights" if saved else "end"
+        raise RunError(f"the run is complete, but its {lost} could not be saved in {config.output}")
     log.finish(settings, processes, folder.best, parameters=total, unreadable_images=sorted(unreadable))
     return 0
 

@@ -129,9 +129,12 @@ class DeviceAugmentation:
             return self._augmented(images, keys)
         if self.graph is None:
             self._augmented(images, keys)  # what PyTorch sets up at its first calls cannot be recorded
-            self.inputs, self.graph = (images.clone(), keys.clone()), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the loader's thread may go on
+            self.inputs, graph = (images.clone(), keys.clone()), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader's thread may go on
                 self.result = self._augmented(*self.inputs)
+            self.graph = graph
+        if images.shape != self.inputs[0].shape:
+            raise ValueError(f"as a CUDA graph, batches of {tuple(self.inputs[0].shape)}, got {tuple(images.shape)}")
         for recorded, given in zip(self.inputs, (images, keys), strict=True):
             recorded.copy_(given)
         self.graph.replay()

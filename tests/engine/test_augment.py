@@ -260,3 +260,17 @@ def test_a_run_goes_on_bit_for_bit(train, load, on_loss, where):
     assert_same_run(load("whole"), load("stopped"))
     with pytest.raises(RunError, match="holds another run(.|\n)*" + where[2:].replace("-", "_") + ": True -> False"):
         train("whole", *flags[1:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph")
+def test_a_cuda_graph_augments_as_the_kernels_do():
+    device = torch.device("cuda")
+    config = TrainConfig(dataset="folder", data_dir="", compile=True, cuda_graphs=True, in_memory=True, reprob=0.5)
+    augment = DeviceAugmentation(config, DATA, device)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        images = torch.randint(256, (8, 3, 20, 24), dtype=torch.uint8, device=device)
+        keys = torch.randint(2**62, (8,), device=device)
+        assert torch.equal(augment(images, keys), augment._augmented(images, keys))
+    with pytest.raises(ValueError, match=r"batches of \(8, 3, 20, 24\), got \(4, "):
+        augment(images[:4], keys[:4])

@@ -10,7 +10,11 @@ from torch import nn
 from flash_bla.models import fuse_for_inference
 from tests.models.test_hierarchical import SMALL
 
-TINY = {**SMALL, "pola_vit_tiny": {"depth": 2, "embed_dim": 16, "num_heads": 2, "class_token": True}}
+TINY = {
+    **SMALL,
+    "pola_vit_tiny": {"depth": 2, "embed_dim": 16, "num_heads": 2, "class_token": True},
+    "linear_vit_tiny": {"depth": 1, "embed_dim": 32, "num_heads": 2, "conv_stem": True},
+}
 
 
 def create(name: str, **kwargs) -> nn.Module:
