@@ -19,7 +19,7 @@ finished table.md, table.csv and curves.png. Top-1 is that of the last epoch, so
 images/s is the median over the epochs, beside the other runs on the same GPU; the training time leaves out the start of
 the process.
 
-Exit codes: 0 all runs are complete, 1 a run failed or the flags contradict each other, 2 wrong flags, 75 it was asked
+Exit codes: 0 all runs are complete, 1 a run failed or the flags contradict each other, 2 unknown flags, 75 it was asked
 to stop (SIGTERM or Ctrl-C) and the runs have saved: start it again to go on.
 """
 

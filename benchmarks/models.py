@@ -48,7 +48,7 @@ SECONDS = 1.5  # of each measurement
 
 COLUMNS = ("model", "mode", "size", "batch", "images_s", "peak_gb", "first_step_s", "error", "device", "torch",
            "triton", "timm", "date")  # fmt: skip
-KEY = ("model", "mode", "size", "batch")
+KEY = ("model", "mode", "size", "batch", "device")
 
 # Kernels of PyTorch and cuDNN that only move or convert data.
 COPIES = re.compile(r"copy|memcpy|nchwToNhwc|nhwcToNchw", re.IGNORECASE)
@@ -236,7 +236,7 @@ def kernel_table(title: str, kernels: Sequence[tuple[str, int, float]]) -> str:
 
 
 def tables(rows: list[dict[str, str]]) -> str:
-    """The results as Markdown, a table for each image size; pairs are eager / compiled."""
+    """The results as Markdown, a table for each image size and device; pairs are eager / compiled."""
     text = [
         "# Models\n",
         measured_on(rows) + "\n",
@@ -244,10 +244,10 @@ def tables(rows: list[dict[str, str]]) -> str:
         "is forward pass, cross entropy, backward pass and fused AdamW.\n",
     ]
     order = {name: i for i, name in enumerate(name for group in GROUPS.values() for name in group)}
-    for size, batch in sorted({(int(row["size"]), int(row["batch"])) for row in rows}):
+    for size, batch, device in sorted({(int(row["size"]), int(row["batch"]), row["device"]) for row in rows}):
         groups = {}
         for row in rows:
-            if (int(row["size"]), int(row["batch"])) == (size, batch):
+            if (int(row["size"]), int(row["batch"]), row["device"]) == (size, batch, device):
                 groups.setdefault(row["model"], {})[row["mode"]] = row
         body = []
         for name in sorted(groups, key=lambda name: (order.get(name, len(order)), name)):
@@ -258,7 +258,7 @@ def tables(rows: list[dict[str, str]]) -> str:
             ]
             body.append([name, *cells])
         header = ["model", "inference", "training", "memory in inference, GB", "memory in training, GB"]
-        text += [f"## {size} × {size}, batch {batch}\n", markdown(header, body)]
+        text += [f"## {size} × {size}, batch {batch}, {device}\n", markdown(header, body)]
     return "\n".join(text)
 
 
@@ -306,6 +306,7 @@ def write_report(output: Path) -> None:
     if not rows:
         sys.exit(f"error: there is nothing in {output / 'models.csv'}")
     (output / "models.md").write_text(tables(rows), encoding="utf-8")
+    rows = [row for row in rows if row["device"] == rows[-1]["device"]]  # the last one measured
     for mode in MODES:
         if any(row["mode"] == mode and row["images_s"] for row in rows):
             draw(rows, mode).savefig(output / f"models_{mode}.png", dpi=150)

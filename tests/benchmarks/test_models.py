@@ -91,7 +91,7 @@ def test_the_table():
         shared | {"model": "mlla_tiny", "mode": "training", "error": "RuntimeError: a|b"},
     ]
     lines = models.tables(rows).splitlines()
-    assert "## 1024 × 1024, batch 8" in lines
+    assert "## 1024 × 1024, batch 8, H200" in lines
     assert [line for line in lines if line.startswith("|")][2:] == [
         "| mlla_tiny | 211 / out of memory | RuntimeError / – | 4.0 / out of memory | RuntimeError / – |",
         "| pvt_v2_b2 | – / – | 91 / – | – / – | 30.2 / – |",
