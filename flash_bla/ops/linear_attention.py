@@ -158,7 +158,8 @@ def varlen_linear_attention(
         q: ``(total, H, D)``: the sequences' tokens one after the other.
         k: ``(total, H, D)``.
         v: ``(total, H, Dv)``.
-        cu_seqlens: int32 ``(sequences + 1,)``, cumulative lengths from 0 to total.
+        cu_seqlens: int32 ``(sequences + 1,)``, cumulative lengths from 0 to total. The Triton kernels trust them: to
+            check them would be to wait for the GPU.
         max_seqlen: Length of the longest sequence, or more.
         scale: By default 1 / length, for each sequence its own.
         eps: Added to the denominator.
