@@ -219,6 +219,13 @@ def test_a_full_disk_does_not_end_the_run(train, load, monkeypatch, capsys):
     with pytest.raises(RunError, match="its end could not be saved"):
         train("full")
 
+    def fails_for_best(path, *rest):
+        (fails if str(path).endswith("best.pt") else write)(path, *rest)
+
+    monkeypatch.setattr(checkpoint_module, "write_atomically", fails_for_best)
+    with pytest.raises(RunError, match="its best weights could not be saved"):
+        train("no_best")
+
 
 def test_linear_probe_leaves_the_backbone_as_it_is(train, load, tmp_path):
     train("base", "--epochs", "2")
