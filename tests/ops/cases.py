@@ -134,7 +134,7 @@ class RoundedProducts(TorchFunctionMode):
     """Matrix products as in mixed precision: of operands rounded to bfloat16, everything else in the dtype of x."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.__matmul__:
+        if function is torch.Tensor.matmul:  # as which `a @ b` comes here, too
             return _RoundedProduct.apply(*args)
         return function(*args, **(kwargs or {}))
 
