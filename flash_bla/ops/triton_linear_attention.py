@@ -241,7 +241,6 @@ TUNING = {
         output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
         key_gradient_kernel: (Tuning(32, 2, 3, None), Tuning(32, 2, 3, None)),
-        single_forward_kernel: (Tuning(0, 3, 2, 168, True), Tuning(0, 3, 2, 168, True)),
     },
     "wide": {
         query_sum_kernel: (None, Tuning(0, 8, 1, None, warps=4, rows=64)),
