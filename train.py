@@ -13,8 +13,8 @@ The output folder holds last.pt, previous.pt and best.pt (see flash_bla/engine/c
 config.yaml, preview.png (the first batch), and at the end curve.png and summary.json. It must be the same folder for
 all processes.
 
-Exit codes: 0 the run is complete, 1 it failed, 2 unknown flags, 75 it was asked to stop (SIGTERM or Ctrl-C), finished its
-update and saved: start it again to go on.
+Exit codes: 0 the run is complete, 1 it failed, 2 unknown flags, 75 it was asked to stop (SIGTERM or Ctrl-C), finished
+its update and saved: start it again to go on.
 """
 
 from __future__ import annotations
