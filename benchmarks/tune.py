@@ -5,8 +5,8 @@
 For one operator and shape of benchmarks/operators.py, the kernels that its forward and backward pass launch are taken
 one after the other, and of each all candidates are tried: the programs on a multiprocessor at a time, the stages of the
 loads' pipeline and the registers of a thread. What counts is the time of all kernels together, by replay of a CUDA
-graph. The entries belong in TUNING of flash_bla/ops/triton_linear_attention.py, for tiles as wide as the shape's; check
-them with benchmarks/operators.py, since a shape tells nothing of others.
+graph. The entries belong in TUNING of flash_bla/ops/triton_tuning.py, for tiles as wide as the shape's; check them with
+benchmarks/operators.py, since a shape tells nothing of others.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from triton import TritonError
 from benchmarks import timing
 from benchmarks.operators import DTYPE, OPS, SHAPES, backward, forward, make_inputs
 from flash_bla.ops import triton_support
-from flash_bla.ops.triton_linear_attention import Tuning, plan, tuning_table
 from flash_bla.ops.triton_tiles import Config
+from flash_bla.ops.triton_tuning import Tuning, plan, tuning_table
 
 RESIDENT, STAGES, REGISTERS = (1, 2, 3, 4, 5, 6), (1, 2, 3), (None, 128, 168)
 

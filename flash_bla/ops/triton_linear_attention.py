@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -39,6 +38,7 @@ from flash_bla.ops.triton_support import (
     run,
 )
 from flash_bla.ops.triton_tiles import Config
+from flash_bla.ops.triton_tuning import Tuning, plan, widest_values
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
@@ -195,107 +195,6 @@ def _rope_strides(table: Tensor | None) -> tuple[int, int, int, int]:
     if table is None:
         return (0, 0, 0, 0)
     return (0, 0 if table.shape[0] == 1 else table.stride(0), table.stride(1), 1)
-
-
-class Tuning(NamedTuple):
-    """How a kernel runs fastest: found for bfloat16 on an H200, some entries of "rope" on an H100."""
-
-    width: int  # of the tiles, to which narrow heads are joined
-    resident: int  # programs on a multiprocessor at a time, as far as registers allow
-    num_stages: int  # of the loads' pipeline
-    maxnreg: int | None  # registers of a thread
-    persistent: bool = False  # no more programs than are resident
-    warps: int | None = None  # as many as a program's state asks for
-    rows: int | None = None  # of the tiles; as many as registers hold
-
-
-# For tiles of at most 32 columns, and for wider ones; `python -m benchmarks.tune` finds those of another chip. Rotary
-# encodings and the softmax, the focusing map, and the map of two signs differ where they take more registers. Tiles of
-# 128 columns have a table of their own on Hopper chips: a product there takes 64 rows for each four warps, and would be
-# computed twice by eight of them if the tile had no more.
-_PLAIN = {
-    query_sum_kernel: (Tuning(64, 8, 1, None), Tuning(64, 8, 1, None)),
-    state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
-    output_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
-    query_gradient_kernel: (Tuning(32, 4, 3, 128), Tuning(32, 2, 3, None)),
-    key_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
-    forward_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
-    backward_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
-    single_forward_kernel: (Tuning(0, 5, 2, None, True), Tuning(0, 3, 2, None, True)),
-    single_backward_kernel: (Tuning(0, 4, 1, 128), Tuning(0, 2, 1, None)),
-}
-TUNING = {
-    "plain": _PLAIN,
-    "rope": _PLAIN
-    | {
-        state_kernel: (Tuning(64, 4, 2, 128), Tuning(64, 4, 2, 128)),
-    },
-    "focusing": _PLAIN
-    | {
-        state_kernel: (Tuning(64, 4, 1, 128), Tuning(64, 4, 1, 128)),
-        query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
-    },
-    "signed": _PLAIN
-    | {
-        state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
-        key_gradient_kernel: (Tuning(32, 2, 3, None), Tuning(32, 2, 3, None)),
-    },
-    "wide": {
-        query_sum_kernel: (None, Tuning(0, 8, 1, None, warps=4, rows=64)),
-        state_kernel: (None, Tuning(0, 1, 3, None, warps=8, rows=64)),
-        output_kernel: (None, Tuning(0, 2, 3, 168, warps=4, rows=64)),
-        query_gradient_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
-        key_gradient_kernel: (None, Tuning(0, 2, 2, None, warps=4, rows=64)),
-        forward_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
-        backward_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
-    },
-}
-
-
-def tuning_table(C: Config, dtype: torch.dtype, hopper: bool) -> dict:
-    """The table of ``TUNING`` that has the entries of such a kernel."""
-    if C.SIGNED:
-        return TUNING["signed"]
-    if hopper and max(C.BLOCK_D, C.BLOCK_DV) == 128 and dtype == torch.bfloat16:
-        return TUNING["wide"]
-    if C.PARAMETER:
-        return TUNING["focusing"]
-    return TUNING["rope" if C.ROPE or C.SOFTMAX else "plain"]
-
-
-@lru_cache(maxsize=1024)
-def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool, flags: tuple) -> tuple[Config, Tuning]:
-    """Sides of the tiles, all of D and D_v and as many rows as a program's registers hold, and the tuning."""
-    config = Config(D, D_v, 1, 0, 0, 0, *flags)
-    group, block_d, block_dv = 1, power_of_two(max(D, 16)), power_of_two(max(D_v, 16))
-    if D == D_v and 4 < D <= 32:  # heads stand side by side
-        width, pitch = tuning_table(config, dtype, hopper)[kernel][0].width, power_of_two(D)
-        group = min(max(1, width // pitch), 4, 1 << (heads.bit_length() - 1))
-        block_d = block_dv = max(16, pitch * group)
-    config = config._replace(GROUP=group, BLOCK_D=block_d, BLOCK_DV=block_dv)
-    table = tuning_table(config, dtype, hopper)
-    tuning = table[kernel][max(block_d, block_dv) > 32]
-    if tuning.rows is not None:
-        return config._replace(BLOCK_N=tuning.rows), tuning
-    size = 4 if config.SIGNED and dtype != torch.bfloat16 else dtype.itemsize  # of the products' operands
-    warps = 4 if block_d * block_dv * (2 if config.SIGNED else 1) <= 8192 else 8
-    block_n = max(16, min(64, 2048 * warps // (max(block_d, block_dv) * size)))
-    tuning = tuning._replace(warps=warps)
-    wide = max(block_d, block_dv) > 64 or size > 2
-    if wide:  # they need more registers and shared memory
-        tuning = tuning._replace(num_stages=1, maxnreg=None)
-    extras = config.ROPE or config.DECOUPLED or config.PARAMETER or config.KEY_WEIGHT
-    if kernel in (forward_kernel, backward_kernel) and extras:  # their pipelines would need too much of both
-        tuning = tuning._replace(num_stages=1)
-    return config._replace(BLOCK_N=block_n), tuning
-
-
-def widest_values(q: Tensor, signs: int) -> int:
-    """The widest D_v whose states a program can hold; wider values are cut."""
-    block_d = max(16, 1 << (q.shape[3] - 1).bit_length())
-    return (16384 if q.dtype == torch.bfloat16 else 8192) // (block_d * signs)
 
 
 def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import timing, tune
-from flash_bla.ops.triton_linear_attention import TUNING
+from flash_bla.ops.triton_tuning import TUNING
 
 
 @pytest.mark.parametrize(("op", "table"), [("elu1", "plain"), ("signed_power", "signed")])

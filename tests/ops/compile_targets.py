@@ -23,6 +23,7 @@ from flash_bla.ops import triton_tiles as tiles
 from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios
 from flash_bla.ops.triton_support import Record, cdiv
+from flash_bla.ops.triton_tuning import widest_values
 
 silu_gate = sys.modules["flash_bla.ops.silu_gate"]  # the package has a function of that name
 
@@ -66,7 +67,7 @@ def linear(variant, dtype, D, N):
     cu_seqlens = variant.pop("cu_seqlens", None)
     options = tuple((options | variant).values())
     q, k, v = x(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    v = v[..., : module.widest_values(q, 2 if variant["feature_map"] == "signed_power" else 1)]
+    v = v[..., : widest_values(q, 2 if variant["feature_map"] == "signed_power" else 1)]
     tensors = q, k, v, decoupled, decoupled, parameter, weight, rope, cu_seqlens
     focusing = variant["feature_map"] == "focusing_power"
     ratios = x(B, 2 * N) if focusing else None
