@@ -10,6 +10,8 @@ from flash_bla.models import register_config
 from flash_bla.ops import (
     decoupled_la,
     linear_attention,
+    linear_attention_qkpacked,
+    linear_attention_qkvpacked,
     piecewise_sparse_attention,
     simple_la,
     varlen_linear_attention,
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 __all__ = [
     "decoupled_la",
     "linear_attention",
+    "linear_attention_qkpacked",
+    "linear_attention_qkvpacked",
     "piecewise_sparse_attention",
     "register_config",
     "simple_la",

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.dense import Linear
-from flash_bla.layers.tokens import head_width, merge_heads, split_heads
-from flash_bla.ops import linear_attention
+from flash_bla.layers.tokens import head_width
+from flash_bla.ops import linear_attention_qkvpacked
 
 
 @register_attention("linear")
@@ -43,6 +43,6 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the grid plays no part."""
-        q, k, v = (split_heads(y, self.num_heads) for y in self.qkv(x).chunk(3, dim=-1))
-        x = merge_heads(linear_attention(q, k, v, feature_map="elu1"))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        x = linear_attention_qkvpacked(qkv, feature_map="elu1").flatten(2)
         return self.proj_drop(self.proj(x))

@@ -8,8 +8,8 @@ from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.rope import axial_rope
-from flash_bla.layers.tokens import head_width, merge_heads, split_heads
-from flash_bla.ops import linear_attention
+from flash_bla.layers.tokens import head_width
+from flash_bla.ops import linear_attention_qkpacked
 
 
 @register_attention("mlla")
@@ -49,10 +49,10 @@ class MambaLikeLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
-        q, k = self.qk(x).chunk(2, dim=-1)
-        o = linear_attention(
-            *(split_heads(y, self.num_heads) for y in (q, k, x)),
+        o = linear_attention_qkpacked(
+            self.qk(x).unflatten(-1, (2, self.num_heads, -1)),
+            x.unflatten(-1, (self.num_heads, -1)),
             feature_map="elu1",
             rope=axial_rope(x, grid, x.shape[2], self.num_heads),
         )
-        return self.lepe(x, grid, add=merge_heads(o))
+        return self.lepe(x, grid, add=o.flatten(2))

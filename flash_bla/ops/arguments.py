@@ -74,6 +74,11 @@ def check_tensors(tensors: dict[str, Tensor], shape: str, ndim: int) -> None:
         check_device(name, x, first)
 
 
+def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
+    """q, k and v ``(B, H, N, D)``, of which the first may hold the next: all ``(B, N, 3, H, D)``, or q and k."""
+    return (q, k, v) if q.ndim == 4 else (*q.permute(2, 0, 3, 1, 4).unbind(0), v)[:3]
+
+
 def check_device(name: str, x: Tensor, like: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flash_bla.ops import triton_linear_attention
-from flash_bla.ops.arguments import autocast, check_device, check_tensors, choose_backend, expect
+from flash_bla.ops.arguments import autocast, check_device, check_tensors, choose_backend, expect, unpack
 from flash_bla.ops.feature_maps import FeatureMap, resolve_feature_map
 from flash_bla.ops.reference import linear_attention_reference
 
@@ -60,29 +62,61 @@ def linear_attention(
     """
     q, k, v = autocast(q, k, v)
     check_tensors({"q": q, "k": k, "v": v}, "(B, H, N, D)", ndim=4)
-    feature_map = resolve_feature_map(feature_map)
     B, H, N, D = q.shape
-    M = k.shape[2]
+    M, D_v = k.shape[2], v.shape[3]
     expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
-    expect("v", v, (B, H, M, v.shape[3]), "(B, H, M, Dv) with B, H of q and M of k")
-    _check_feature_map(feature_map, q, v, rope)
-    if isinstance(key_weight, str):
-        if key_weight != "softmax":
-            raise ValueError(f'key_weight must be a tensor, "softmax" or None, got {key_weight!r}')
-        if feature_map.parameter is not None:
-            raise ValueError(f'key_weight="softmax" is not defined for {feature_map.name}')
-    elif key_weight is not None:
-        check_device("key_weight", key_weight, q)
-        try:
-            key_weight = key_weight.expand(B, H, M)
-        except RuntimeError as error:
-            raise ValueError(
-                f"key_weight must be broadcastable to (B, H, M) = {(B, H, M)}, got {tuple(key_weight.shape)}"
-            ) from error
-    if rope is not None:
-        _check_rope(rope, q, M)
-    return _run(q, k, v, feature_map, backend, key_weight=key_weight, rope=rope, normalize=normalize, scale=scale,
-                eps=eps)  # fmt: skip
+    expect("v", v, (B, H, M, D_v), "(B, H, M, Dv) with B, H of q and M of k")
+    return _attend(q, k, v, (B, H, N, M, D, D_v), feature_map=feature_map, key_weight=key_weight, rope=rope,
+                   normalize=normalize, scale=scale, eps=eps, backend=backend)  # fmt: skip
+
+
+def linear_attention_qkvpacked(qkv: Tensor, **options: Any) -> Tensor:
+    """``linear_attention`` of queries, keys and values that are one tensor, as is then their gradient.
+
+    Where q, k and v are views of one projection's output, autograd copies their gradients into one tensor. Here the
+    kernels write them there at once.
+
+    Args:
+        qkv: ``(B, N, 3, H, D)``, what ``.unflatten(-1, (3, H, D))`` makes of a projection's output.
+        **options: ``feature_map`` and all that follows it in ``linear_attention``.
+
+    Returns:
+        ``(B, N, H, D)``; ``.flatten(2)`` copies nothing on CUDA.
+
+    Raises:
+        ValueError, TypeError: As ``linear_attention``.
+    """
+    (qkv,) = autocast(qkv)
+    check_tensors({"qkv": qkv}, "(B, N, 3, H, D)", ndim=5)
+    B, N, _, H, D = qkv.shape
+    expect("qkv", qkv, (B, N, 3, H, D), "(B, N, 3, H, D)")
+    return _attend(qkv, None, None, (B, H, N, N, D, D), **options).transpose(1, 2)
+
+
+def linear_attention_qkpacked(qk: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """As ``linear_attention_qkvpacked``, of queries and keys alone.
+
+    Args:
+        qk: ``(B, N, 2, H, D)``.
+        v: ``(B, N, H, Dv)``.
+        **options: ``feature_map`` and all that follows it in ``linear_attention``.
+
+    Returns:
+        ``(B, N, H, Dv)``; ``.flatten(2)`` copies nothing on CUDA.
+
+    Raises:
+        ValueError, TypeError: As ``linear_attention``.
+    """
+    qk, v = autocast(qk, v)
+    check_tensors({"qk": qk}, "(B, N, 2, H, D)", ndim=5)
+    check_tensors({"v": v}, "(B, N, H, Dv)", ndim=4)
+    B, N, _, H, D = qk.shape
+    expect("qk", qk, (B, N, 2, H, D), "(B, N, 2, H, D)")
+    expect("v", v, (B, N, H, v.shape[3]), "(B, N, H, Dv) with B, N, H of qk")
+    check_device("v", v, qk)
+    if v.dtype != qk.dtype:
+        raise TypeError(f"v must have the dtype of qk, {qk.dtype}, got {v.dtype}")
+    return _attend(qk, None, v.transpose(1, 2), (B, H, N, N, D, v.shape[3]), **options).transpose(1, 2)
 
 
 def simple_la(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, backend: str | None = None) -> Tensor:
@@ -172,7 +206,7 @@ def varlen_linear_attention(
     q, k, v = autocast(q, k, v)
     check_tensors({"q": q, "k": k, "v": v}, "(total, H, D)", ndim=3)
     feature_map = resolve_feature_map(feature_map)
-    total, H, _ = q.shape
+    total, H, D = q.shape
     expect("k", k, tuple(q.shape), "the shape of q")
     expect("v", v, (total, H, v.shape[2]), "(total, H, Dv) with total, H of q")
     check_device("cu_seqlens", cu_seqlens, q)
@@ -182,31 +216,56 @@ def varlen_linear_attention(
         )
     if not 0 < max_seqlen:
         raise ValueError(f"max_seqlen must be positive, got {max_seqlen}")
+    _check_feature_map(feature_map, q, H, D, v.shape[2], None)
     q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))  # (1, H, total, D)
-    _check_feature_map(feature_map, q, v, None)
     o = _run(q, k, v, feature_map, backend, scale=scale, eps=eps, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     return o.transpose(1, 2).squeeze(0)
 
 
+def _attend(
+    q: Tensor, k: Tensor | None, v: Tensor | None, sizes: tuple[int, ...], *, feature_map=None, key_weight=None,
+    rope=None, normalize: bool = True, scale: float | None = None, eps: float = 1e-6, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """The operator on q, k, v that ``unpack`` takes, of ``sizes`` (B, H, N, M, D, Dv); it checks what else there is."""
+    B, H, _, M, D, D_v = sizes
+    feature_map = resolve_feature_map(feature_map)
+    _check_feature_map(feature_map, q, H, D, D_v, rope)
+    if isinstance(key_weight, str):
+        if key_weight != "softmax":
+            raise ValueError(f'key_weight must be a tensor, "softmax" or None, got {key_weight!r}')
+        if feature_map.parameter is not None:
+            raise ValueError(f'key_weight="softmax" is not defined for {feature_map.name}')
+    elif key_weight is not None:
+        check_device("key_weight", key_weight, q)
+        try:
+            key_weight = key_weight.expand(B, H, M)
+        except RuntimeError as error:
+            raise ValueError(
+                f"key_weight must be broadcastable to (B, H, M) = {(B, H, M)}, got {tuple(key_weight.shape)}"
+            ) from error
+    if rope is not None:
+        _check_rope(rope, q, *sizes[1:5])
+    return _run(q, k, v, feature_map, backend, key_weight=key_weight, rope=rope, normalize=normalize, scale=scale,
+                eps=eps)  # fmt: skip
+
+
 def _run(q, k, v, feature_map, backend, *, max_seqlen=None, **arguments) -> Tensor:
     if choose_backend(backend, q) == "reference":
-        return linear_attention_reference(q, k, v, feature_map, **arguments)
+        return linear_attention_reference(*unpack(q, k, v), feature_map, **arguments)
     return triton_linear_attention.linear_attention(q, k, v, feature_map, max_seqlen=max_seqlen, **arguments)
 
 
-def _check_feature_map(feature_map: FeatureMap, q: Tensor, v: Tensor, rope) -> None:
+def _check_feature_map(feature_map: FeatureMap, q: Tensor, H: int, D: int, D_v: int, rope) -> None:
     if feature_map.parameter is not None:
-        shape = (q.shape[1], q.shape[3])
-        expect(f"the parameter of {feature_map.name}", feature_map.parameter, shape, "(H, D)")
+        expect(f"the parameter of {feature_map.name}", feature_map.parameter, (H, D), "(H, D)")
         check_device(f"the parameter of {feature_map.name}", feature_map.parameter, q)
-    if feature_map.signed and v.shape[-1] % 2:
-        raise ValueError(f"signed_power splits v's channels in two: Dv must be even, got {v.shape[-1]}")
+    if feature_map.signed and D_v % 2:
+        raise ValueError(f"signed_power splits v's channels in two: Dv must be even, got {D_v}")
     if feature_map.signed and rope is not None:
         raise ValueError("rope is not defined for the 2D features of signed_power")
 
 
-def _check_rope(rope: Tensor, q: Tensor, M: int) -> None:
-    _, H, N, D = q.shape
+def _check_rope(rope: Tensor, q: Tensor, H: int, N: int, M: int, D: int) -> None:
     check_device("rope", rope, q)
     if M != N or D % 2:
         raise ValueError(f"rope needs as many keys as queries and an even head width, got N={N}, M={M}, D={D}")

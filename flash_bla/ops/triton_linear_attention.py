@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flash_bla.ops.arguments import unpack
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
 from flash_bla.ops.triton_kernels import (
     backward_kernel,
@@ -130,8 +131,8 @@ class _Problem(NamedTuple):
         return self._empty((B, N, H, self.v.shape[3]), self.v.dtype).transpose(1, 2)
 
     def empty_like(self, x: Tensor | None) -> Tensor | None:
-        """A gradient of x, also laid out as (B, N, H, D)."""
-        if x is None or x.ndim < 4:
+        """A gradient of x, also laid out as (B, N, H, D); of a packed one (B, N, 3, H, D)."""
+        if x is None or x.ndim != 4:
             return None if x is None else self._empty(x.shape, x.dtype)
         return self._empty(x.transpose(1, 2).shape, x.dtype).transpose(1, 2)
 
@@ -257,12 +258,12 @@ def _merge(partial: Tensor, query_sums: Tensor, p: _Problem) -> Tensor:
 
 
 def record_forward(
-    record: Record, ratios: Tensor | None, q: Tensor, k: Tensor, v: Tensor, q_denominator: Tensor | None,
-    k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None, rope: Tensor | None,
-    cu_seqlens: Tensor | None, options: tuple, keep_state: bool,
+    record: Record, ratios: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None,
+    q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None,
+    rope: Tensor | None, cu_seqlens: Tensor | None, options: tuple, keep_state: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The output, and for the backward pass the keys' state, None if it is not kept or the pass sums the keys again."""
-    p = _Problem(record, q, k, v, q_denominator, k_denominator, record.contiguous(parameter), key_weight,
+    p = _Problem(record, *unpack(q, k, v), q_denominator, k_denominator, record.contiguous(parameter), key_weight,
                  record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
     o = p.empty_output()
     arguments = p.arguments() | _with_strides(dict(o=o))
@@ -287,21 +288,25 @@ def record_forward(
 
 
 def record_backward(
-    record: Record, do: Tensor, state: Tensor | None, ratios: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None,
-    rope: Tensor | None, cu_seqlens: Tensor | None, options: tuple, keys: bool,
+    record: Record, do: Tensor, state: Tensor | None, ratios: Tensor | None, q: Tensor, k: Tensor | None,
+    v: Tensor | None, q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None,
+    key_weight: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None, options: tuple, keys: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v and denominators, terms of the parameter's, and gradients of the queries' and keys' weights.
 
     Without ``keys`` those of the queries alone. Of the parameter's terms (terms, H, D) ``add_ratio_gradients`` is to
     write the last ones, where there are norm ratios.
     """
+    inputs = q, k, v
+    q, k, v = unpack(*inputs)
     p = _Problem(record, q, k, v, q_denominator, k_denominator, record.contiguous(parameter), key_weight,
                  record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
     if _is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align:  # its strides are no part of the plan
         do = record.contiguous(do)
-    dq, dqd = p.empty_like(q), p.empty_like(q_denominator)
-    dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, k_denominator, p.key_weight))
+    gradients = [p.empty_like(x) for x in (inputs if keys else (q, None, None))]
+    dq, dk, dv = unpack(*gradients)
+    dqd = p.empty_like(q_denominator)
+    dkd, dwk = (p.empty_like(x if keys else None) for x in (k_denominator, p.key_weight))
     focusing = ratios is not None
     dwq = p.empty_like(p.query_weight)
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
@@ -322,7 +327,7 @@ def record_backward(
     if whole:
         arguments |= dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries)
         _launch(single_backward_kernel if p.single else backward_kernel, p, arguments)
-        return dq, dk, dv, dqd, dkd, da, dwq, dwk
+        return *gradients, dqd, dkd, da, dwq, dwk
     if p.sums_keys_again:
         state = p.empty_state(1)[0]
         _launch(state_kernel, p, arguments | dict(state_ptr=state))
@@ -339,7 +344,7 @@ def record_backward(
         _launch(key_gradient_kernel, p, arguments | outputs, key_splits)
     if apart:  # registers cannot hold both, or the keys' weights depend on all queries
         _launch(query_gradient_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
-    return dq, dk, dv, dqd, dkd, da, dwq, dwk
+    return *gradients, dqd, dkd, da, dwq, dwk
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -349,7 +354,7 @@ def _forward(tensors: Sequence[Tensor | None], options: tuple, keep_state: bool 
     """The output, and for the backward pass the keys' state and the norm ratios."""
     ratios = None
     if options[1] == "focusing_power":
-        q, k, parameter, key_weight = tensors[0], tensors[1], tensors[5], tensors[6]
+        (q, k, _), parameter, key_weight = unpack(*tensors[:3]), tensors[5], tensors[6]
         ratios = run(norm_ratios, (q, k, parameter), (options[2],))
         if key_weight is not None:
             tensors = (*tensors[:6], ratios[:, None, q.shape[2] :] * key_weight, *tensors[7:])
@@ -361,17 +366,18 @@ def _backward(
     options: tuple,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the first seven inputs of the forward operator; without ``keys`` those of the queries alone."""
-    q, k, parameter, key_weight = tensors[0], tensors[1], tensors[5], tensors[6]
+    parameter, key_weight = tensors[5], tensors[6]
     if ratios is None:
         inputs = (do, state, None, *tensors)
     else:
+        q, k, _ = unpack(*tensors[:3])
         key_ratios = ratios[:, None, q.shape[2] :]
         weight = None if key_weight is None else key_ratios * key_weight
         inputs = (do, state, ratios, *tensors[:6], weight, *tensors[7:])
     dq, dk, dv, dqd, dkd, da, dwq, dwk = run(record_backward, inputs, (options, keys))
     if ratios is not None:
         dr = dwk if dwk is None or key_weight is None else dwk * key_weight
-        run(add_ratio_gradients, (dq, dk, da, dwq, dr, q, k, parameter), (options[2],))
+        run(add_ratio_gradients, (*unpack(dq, dk, dv)[:2], da, dwq, dr, q, k, parameter), (options[2],))
         dwk = None if dwk is None or key_weight is None else dwk * key_ratios
     if da is not None:
         da = run(_reduce, (da,)) if da.shape[0] > 1 else da[0]
@@ -379,9 +385,9 @@ def _backward(
 
 
 SCHEMA = """
-    Tensor q, Tensor k, Tensor v, Tensor? q_denominator, Tensor? k_denominator, Tensor? parameter, Tensor? key_weight,
-    Tensor? rope, Tensor? cu_seqlens, SymInt max_seqlen, str feature_map, int exponent, bool normalize, float? scale,
-    float eps, bool softmax
+    Tensor q, Tensor? k, Tensor? v, Tensor? q_denominator, Tensor? k_denominator, Tensor? parameter,
+    Tensor? key_weight, Tensor? rope, Tensor? cu_seqlens, SymInt max_seqlen, str feature_map, int exponent,
+    bool normalize, float? scale, float eps, bool softmax
 """
 
 
@@ -390,7 +396,7 @@ def _forward_operator(q: Tensor, *arguments) -> tuple[Tensor, ...]:
 
 
 def _fake_forward(*arguments) -> tuple[Tensor, ...]:
-    p = _Problem(None, *arguments)
+    p = _Problem(None, *unpack(*arguments[:3]), *arguments[3:])
     return as_outputs((p.empty_output(), p.saved_state(), p.empty_ratios()), p.q)
 
 
@@ -400,9 +406,10 @@ def _backward_operator(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *a
 
 
 def _fake_backward(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *arguments) -> tuple[Tensor, ...]:
-    p = _Problem(None, *arguments)
-    dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (p.k, p.v, p.k_denominator, p.key_weight))
-    of_queries = p.empty_like(p.q), p.empty_like(p.q_denominator)
+    q, k, v, *others = arguments
+    p = _Problem(None, *unpack(q, k, v), *others)
+    dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, p.k_denominator, p.key_weight))
+    of_queries = p.empty_like(q), p.empty_like(p.q_denominator)
     return as_outputs((of_queries[0], dk, dv, of_queries[1], dkd, p.empty_like(p.parameter), dwk), do)
 
 
@@ -412,15 +419,15 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:9], *output[1:])
 
 
-def _of_keys(ctx) -> bool:
+def _of_keys(ctx, q: Tensor) -> bool:
     """Whether more than the gradient of the queries is needed; through a softmax it takes that of the keys, too."""
     _, k, v, _, *others = ctx.needs_input_grad[:7]
-    return ctx.options[-1] or k or v or any(others)
+    return ctx.options[-1] or q.ndim == 5 or k or v or any(others)
 
 
 def _differentiate(ctx, do, *_):
     *tensors, state, ratios = ctx.saved_tensors
-    gradients = linear_attention_backward(do, state, ratios, _of_keys(ctx), *tensors, *ctx.options)
+    gradients = linear_attention_backward(do, state, ratios, _of_keys(ctx, tensors[0]), *tensors, *ctx.options)
     gradients = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
     return *gradients, *[None] * (2 + len(ctx.options))
 
@@ -450,13 +457,16 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         *tensors, state, ratios = ctx.saved_tensors
-        return *_backward(do, state, ratios, _of_keys(ctx), tensors, ctx.options), None, None, None
+        return *_backward(do, state, ratios, _of_keys(ctx, tensors[0]), tensors, ctx.options), None, None, None
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_forward)
 def _forward_flops(q_shape, k_shape, v_shape, *options, **_) -> int:
     """Operations of the matrix products in the reference, for ``torch.utils.flop_counter``."""
-    (B, H, N, D), M, D_v = q_shape, k_shape[2], v_shape[3]
+    if k_shape is None:
+        B, N, _, H, D = q_shape
+        q_shape = k_shape = (B, H, N, D)
+    (B, H, N, D), M, D_v = q_shape, k_shape[2], (k_shape if v_shape is None else v_shape)[3]
     feature_map, _, normalize = options[7:10]
     streams = 2 if feature_map == "signed_power" else 1
     return 2 * B * H * streams * D * ((M + N) * D_v + (N * streams if normalize else 0))
@@ -469,8 +479,8 @@ def _backward_flops(do_shape, state_shape, ratios_shape, keys, *arguments, **_) 
 
 def linear_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     feature_map: FeatureMap,
     *,
     q_denominator: Tensor | None = None,
@@ -483,7 +493,7 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> Tensor:
-    """The operator on checked arguments; as ``linear_attention_reference``."""
+    """The operator on checked arguments; as ``linear_attention_reference``, but for q, k, v see ``unpack``."""
     if rope is not None:  # bfloat16 needs no more than float16, and reads less
         rope = rope.to(torch.float16 if q.dtype == torch.bfloat16 else torch.float32)
     parameter = None if feature_map.parameter is None else feature_map.parameter.float()
@@ -493,7 +503,7 @@ def linear_attention(
     options = max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, float(eps), softmax
     eager = is_eager(q)
 
-    def attend(v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
         tensors = q, k, v, q_denominator, k_denominator, parameter, key_weight, rope, cu_seqlens
         if not eager:
             return linear_attention_forward(*tensors, *options)[0]
@@ -503,9 +513,10 @@ def linear_attention(
 
     signs = 2 if feature_map.signed else 1
     widest = widest_values(q, signs)
-    if v.shape[3] <= widest:
-        return attend(v)
+    if (q if v is None else v).shape[-1] <= widest:
+        return attend(q, k, v)
+    q, k, v = unpack(q, k, v)
     # The output is linear in the values: columns can be computed apart, of signed_power the two halves' together.
     parts = v.unflatten(3, (signs, -1)).split(widest // signs, dim=4)
-    parts = [attend(part.flatten(3)).transpose(1, 2).unflatten(3, (signs, -1)) for part in parts]
+    parts = [attend(q, k, part.flatten(3)).transpose(1, 2).unflatten(3, (signs, -1)) for part in parts]
     return torch.cat(parts, dim=4).flatten(3).transpose(1, 2)

@@ -119,5 +119,5 @@ def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool,
 
 def widest_values(q: Tensor, signs: int) -> int:
     """The widest D_v whose states a program can hold; wider values are cut."""
-    block_d = max(16, 1 << (q.shape[3] - 1).bit_length())
+    block_d = max(16, 1 << (q.shape[-1] - 1).bit_length())
     return (16384 if q.dtype == torch.bfloat16 else 8192) // (block_d * signs)
