@@ -139,7 +139,8 @@ def _relu_dx(x, phi, a, P: tl.constexpr):
 
 
 def _elu1(x, parameter, exponent):
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())  # elu(x) + 1 rounds small features to 0
+    # elu(x) + 1 rounds small features to 0; clamp has slope 0 at 0, where that of φ is 1
+    return torch.where(x >= 0, x + 1, x.clamp(max=0).exp())
 
 
 @jit
