@@ -13,9 +13,13 @@ from flash_bla.ops import linear
 class Linear(nn.Linear):
     """``nn.Linear`` whose gradients take less work in eager mixed-precision training (``flash_bla.ops.linear``)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., C)`` to ``(..., D)``."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """``(..., C)`` to ``(..., D)``, each output times its own factor ``(D,)``, which multiplies the weights."""
+        weight, bias = self.weight, self.bias
+        if factor is not None:
+            weight = (weight * factor[:, None]).to(weight.dtype)
+            bias = None if bias is None else (bias * factor).to(bias.dtype)
+        return linear(x, weight, bias)
 
 
 class Mlp(nn.Module):

@@ -72,13 +72,13 @@ class FocusedLinearAttention(KeyPositionalEncoding):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        k = self.encode_position(k, grid)
         scale = F.softplus(at_least_float32(self.scale)).view(self.num_heads, -1)
-        x = linear_attention(
+        o = linear_attention(
             *(split_heads(y, self.num_heads) for y in (q, k, v)),
             feature_map=focusing_power(scale, self.focusing_factor),
+            key_encoding=self.encode_position(x, grid, self.num_heads),
         )
-        return self.proj_drop(self.proj(self.add_local_branch(merge_heads(x), v, grid)))
+        return self.proj_drop(self.proj(self.add_local_branch(merge_heads(o), v, grid)))
 
     def add_local_branch(self, x: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """What goes to the projection, from the attention's output x."""

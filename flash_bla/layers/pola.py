@@ -78,20 +78,40 @@ class PolaLinearAttention(KeyPositionalEncoding):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
-        q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)
-        # Powers of products are products of powers: the queries' scale can be the keys', too.
-        k = self.encode_position(k, grid, None if self.scale is None else self._key_factor())
+        encoding = self.encode_position(x, grid, self.num_heads)
+        if self.scale is None:
+            q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)
+        else:
+            # Powers of products are products of powers: the queries' scale can be the keys', too.
+            factor = self._key_factor()
+            q, k, v, gate = self._project(x, factor)
+            encoding = encoding * factor.view(self.num_heads, 1, -1)
         power = 1 + self.alpha * at_least_float32(self.power).sigmoid()[0, :, 0]
-        x = linear_attention(*(split_heads(y, self.num_heads) for y in (q, k, v)), feature_map=signed_power(power))
-        return self.proj_drop(self.proj(self.dwc(v, grid, add=merge_heads(x), gate=gate)))
+        o = linear_attention(
+            *(split_heads(y, self.num_heads) for y in (q, k, v)),
+            feature_map=signed_power(power),
+            key_encoding=encoding,
+        )
+        return self.proj_drop(self.proj(self.dwc(v, grid, add=merge_heads(o), gate=gate)))
+
+    def _project(self, x: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v and the gate, the keys times a factor ``(C,)``."""
+        if type(self.qkvg) is Linear and type(self.qkvg.weight) is nn.Parameter:
+            return self.qkvg(x, self._factor_of_all(factor)).chunk(4, dim=-1)
+        q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)  # with LoRA's weights beside it, or quantised
+        return q, k * factor.to(k.dtype), v, gate
 
     def fuse(self) -> None:
         """Folds the scale into the keys' projection and encoding, for ``fuse_for_inference``."""
         if type(self.qkvg) is Linear:
             factor = self._key_factor()
-            scale_outputs(self.qkvg, F.pad(factor.flatten(), (factor.numel(), 2 * factor.numel()), value=1.0))
+            scale_outputs(self.qkvg, self._factor_of_all(factor))
             self.positional_encoding.mul_(factor)
             self.scale = None
 
     def _key_factor(self) -> Tensor:
-        return F.softplus(at_least_float32(self.scale)) ** -2
+        return F.softplus(at_least_float32(self.scale)).flatten() ** -2
+
+    def _factor_of_all(self, factor: Tensor) -> Tensor:
+        """The keys' factor among ones for the other outputs of the projection."""
+        return F.pad(factor, (factor.numel(), 2 * factor.numel()), value=1.0)

@@ -20,6 +20,7 @@ def linear_attention(
     *,
     feature_map: str | FeatureMap | None = None,
     key_weight: Tensor | str | None = None,
+    key_encoding: Tensor | None = None,
     rope: Tensor | None = None,
     normalize: bool = True,
     scale: float | None = None,
@@ -28,11 +29,11 @@ def linear_attention(
 ) -> Tensor:
     r"""Bidirectional linear attention, O(N D²).
 
-    .. math:: o_n = \frac{R_n φ(q_n) \; s \sum_m w_m (R_m φ(k_m))^T v_m}
-                         {φ(q_n) \cdot \frac{1}{M} \sum_m w_m φ(k_m) + ε}
+    .. math:: o_n = \frac{R_n φ(q_n) \; s \sum_m w_m (R_m φ(k_m + e_m))^T v_m}
+                         {φ(q_n) \cdot \frac{1}{M} \sum_m w_m φ(k_m + e_m) + ε}
 
-    with R the rotation of ``rope``, w the ``key_weight`` and s = ``scale``. Sums, features and denominators are
-    computed in float32 (float64 for float64 inputs); under autocast q, k and v are cast to its type.
+    with R the rotation of ``rope``, w the ``key_weight``, e the ``key_encoding`` and s = ``scale``. Sums, features and
+    denominators are computed in float32 (float64 for float64 inputs); under autocast q, k and v are cast to its type.
 
     Args:
         q: Queries ``(B, H, N, D)``; any strides here and below.
@@ -42,6 +43,8 @@ def linear_attention(
             ``signed_power(power)`` return. With ``signed_power`` Dv must be even, and ``rope`` is not possible.
         key_weight: w, ``(B, H, M)`` or broadcastable to it; differentiable. Or ``"softmax"``, the weights of RALA:
             w = M softmax_m(D^-0.5 · mean_n(φ(q_n)) · φ(k_m)); not with ``focusing_power`` and ``signed_power``.
+        key_encoding: ``(H, M, D)`` or broadcastable to it, a positional encoding that is added to the keys of each
+            sequence before the feature map; differentiable. It is read in the dtype of k.
         rope: ``(1 or H, N, D/2, 2)``: cosine and sine of the angles by which pairs of adjacent channels of φ(q) and
             φ(k) turn in the numerator; M must equal N. float16 is enough for bfloat16 inputs. Not differentiable.
         normalize: False leaves the denominator out.
@@ -66,8 +69,9 @@ def linear_attention(
     M, D_v = k.shape[2], v.shape[3]
     expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
     expect("v", v, (B, H, M, D_v), "(B, H, M, Dv) with B, H of q and M of k")
-    return _attend(q, k, v, (B, H, N, M, D, D_v), feature_map=feature_map, key_weight=key_weight, rope=rope,
-                   normalize=normalize, scale=scale, eps=eps, backend=backend)  # fmt: skip
+    return _attend(q, k, v, (B, H, N, M, D, D_v), feature_map=feature_map, key_weight=key_weight,
+                   key_encoding=key_encoding, rope=rope, normalize=normalize, scale=scale, eps=eps,
+                   backend=backend)  # fmt: skip
 
 
 def linear_attention_qkvpacked(qkv: Tensor, **options: Any) -> Tensor:
@@ -224,7 +228,8 @@ def varlen_linear_attention(
 
 def _attend(
     q: Tensor, k: Tensor | None, v: Tensor | None, sizes: tuple[int, ...], *, feature_map=None, key_weight=None,
-    rope=None, normalize: bool = True, scale: float | None = None, eps: float = 1e-6, backend: str | None = None,
+    key_encoding=None, rope=None, normalize: bool = True, scale: float | None = None, eps: float = 1e-6,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """The operator on q, k, v that ``unpack`` takes, of ``sizes`` (B, H, N, M, D, Dv); it checks what else there is."""
     B, H, _, M, D, D_v = sizes
@@ -236,23 +241,27 @@ def _attend(
         if feature_map.parameter is not None:
             raise ValueError(f'key_weight="softmax" is not defined for {feature_map.name}')
     elif key_weight is not None:
-        check_device("key_weight", key_weight, q)
-        try:
-            key_weight = key_weight.expand(B, H, M)
-        except RuntimeError as error:
-            raise ValueError(
-                f"key_weight must be broadcastable to (B, H, M) = {(B, H, M)}, got {tuple(key_weight.shape)}"
-            ) from error
+        key_weight = _expand("key_weight", key_weight, q, (B, H, M), "(B, H, M)")
+    if key_encoding is not None:
+        key_encoding = _expand("key_encoding", key_encoding, q, (H, M, D), "(H, M, D)")
     if rope is not None:
         _check_rope(rope, q, *sizes[1:5])
-    return _run(q, k, v, feature_map, backend, key_weight=key_weight, rope=rope, normalize=normalize, scale=scale,
-                eps=eps)  # fmt: skip
+    return _run(q, k, v, feature_map, backend, key_weight=key_weight, key_encoding=key_encoding, rope=rope,
+                normalize=normalize, scale=scale, eps=eps)  # fmt: skip
 
 
 def _run(q, k, v, feature_map, backend, *, max_seqlen=None, **arguments) -> Tensor:
     if choose_backend(backend, q) == "reference":
         return linear_attention_reference(*unpack(q, k, v), feature_map, **arguments)
     return triton_linear_attention.linear_attention(q, k, v, feature_map, max_seqlen=max_seqlen, **arguments)
+
+
+def _expand(name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
+    check_device(name, x, like)
+    try:
+        return x.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be broadcastable to {meaning} = {shape}, got {tuple(x.shape)}") from error
 
 
 def _check_feature_map(feature_map: FeatureMap, q: Tensor, H: int, D: int, D_v: int, rope) -> None:

@@ -20,6 +20,7 @@ def linear_attention_reference(
     q_denominator: Tensor | None = None,
     k_denominator: Tensor | None = None,
     key_weight: Tensor | str | None = None,
+    key_encoding: Tensor | None = None,
     rope: Tensor | None = None,
     normalize: bool = True,
     scale: float | None = None,
@@ -28,9 +29,10 @@ def linear_attention_reference(
 ) -> Tensor:
     """o = q̂ (k̂ᵀ v · scale) / (q̃ · mean(k̃) + ε) for ``q (B, H, N, D)``, ``k (B, H, M, D)``, ``v (B, H, M, Dv)``.
 
-    q̃ = φ(q) and k̃ = w φ(k), or those of ``q_denominator``, ``k_denominator`` where they are given; q̂ and k̂ are φ(q)
-    and w φ(k) turned by ``rope``. ``scale`` is 1/M by default. Arguments are those of ``linear_attention``, already
-    checked; with ``cu_seqlens`` the batch is 1 and each sequence attends to itself.
+    ``key_encoding (H, M, D)`` is added to k first. q̃ = φ(q) and k̃ = w φ(k), or those of ``q_denominator``,
+    ``k_denominator`` where they are given; q̂ and k̂ are φ(q) and w φ(k) turned by ``rope``. ``scale`` is 1/M by
+    default. Arguments are those of ``linear_attention``, already checked; with ``cu_seqlens`` the batch is 1 and each
+    sequence attends to itself.
     """
     if cu_seqlens is not None:
         starts = cu_seqlens.tolist()
@@ -49,6 +51,8 @@ def linear_attention_reference(
     dtype = torch.promote_types(out_dtype, torch.float32)
     with without_autocast(q):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if key_encoding is not None:
+            k = k + key_encoding.to(dtype)
         if isinstance(key_weight, str):
             key_weight = softmax_weights(feature_map(q), feature_map(k))
         weight = None if key_weight is None else key_weight.to(dtype).unsqueeze(-1)

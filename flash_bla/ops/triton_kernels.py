@@ -27,6 +27,8 @@ are zero.
 half of its columns and those over φ(-k) in the second, and S₋ the others. Registers cannot hold what the queries'
 gradients and the sums dS need at a time: each has a launch of its own (``query_gradient_kernel``).
 
+An encoding of the keys' places, the same for all sequences, is added to them before their feature map.
+
 With ``SOFTMAX`` the keys' weights are w = M softmax(D^-0.5 · mean(φ(q)) · φ(k)). The queries are summed first
 (``query_sum_kernel``); the keys' sums then keep a running maximum, and ``merge_kernel`` puts those of splits together.
 Backward, w dw / M summed over the keys is S dS + z dz, so that it takes no pass of its own. But the mean's gradient
@@ -119,8 +121,8 @@ def _softmax_scale(query_length, D: tl.constexpr):
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def state_kernel(
-    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr, rope_strides,
-    cu_seqlens, query_sum_ptr, state_ptr, query_length, key_length, heads, query_splits, scale,
+    k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
+    rope_strides, cu_seqlens, query_sum_ptr, state_ptr, query_length, key_length, heads, query_splits, scale,
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The sums over one split of the keys."""
@@ -131,7 +133,7 @@ def state_kernel(
         mean = _sum_query_splits(query_sum_ptr, sequence * heads + head, query_splits, head, heads, C)
         mean = mean[None, :] * _softmax_scale(query_length, C.D)
     plus, minus, z_plus, z_minus, logarithm = sum_keys(
-        k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
+        k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, mean, batch, head, heads, first, begin, end, count, scale, PHI, PAD, OPERAND, PRECISION, C,
     )  # fmt: skip
     at = _split_at(sequence, heads, C) + head
@@ -208,15 +210,15 @@ def output_kernel(
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def forward_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, qd_ptr, qd_strides, kd_ptr, kd_strides, o_ptr, o_strides,
-    a_ptr, wq_ptr, wq_strides, wk_ptr, wk_strides, rope_ptr, rope_strides, cu_seqlens, state_ptr,
+    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, qd_ptr, qd_strides, kd_ptr, kd_strides,
+    o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, wk_ptr, wk_strides, rope_ptr, rope_strides, cu_seqlens, state_ptr,
     query_length, key_length, heads, scale, eps,
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The whole forward pass of a sequence; without a state_ptr the backward pass will sum the keys again."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     plus, minus, z_plus, z_minus, _ = sum_keys(
-        k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
+        k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND, PRECISION, C,
     )  # fmt: skip
     if state_ptr is not None:
@@ -266,9 +268,9 @@ def query_gradient_kernel(
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def key_gradient_kernel(
-    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr, rope_strides,
-    cu_seqlens, state_ptr, d_state_ptr, mean_ptr, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides,
-    dwk_ptr, dwk_strides, d_mean_ptr, da_ptr, key_length, heads, scale,
+    k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
+    rope_strides, cu_seqlens, state_ptr, d_state_ptr, mean_ptr, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr,
+    dv_strides, dwk_ptr, dwk_strides, d_mean_ptr, da_ptr, key_length, heads, scale,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -291,7 +293,7 @@ def key_gradient_kernel(
         rounded = d_plus.to(OPERAND).to(tl.float32)  # as the keys' gradients take it
         average = _by_head((tl.sum(plus * rounded, 0) + z_plus * dz_plus)[None, :], C)
     da, d_mean = differentiate_keys(
-        k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
+        k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
         d_plus, d_minus, dz_plus, dz_minus, mean, query_mean, logarithm, average, batch, head, heads, first, begin, end,
         count, scale, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
@@ -306,10 +308,10 @@ def key_gradient_kernel(
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def backward_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, qd_ptr, qd_strides, kd_ptr, kd_strides, do_ptr, do_strides,
-    a_ptr, wq_ptr, wq_strides, wk_ptr, wk_strides, rope_ptr, rope_strides, cu_seqlens, state_ptr,
-    dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides,
-    dv_ptr, dv_strides, dwk_ptr, dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
+    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, qd_ptr, qd_strides, kd_ptr, kd_strides,
+    do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, wk_ptr, wk_strides, rope_ptr, rope_strides, cu_seqlens, state_ptr,
+    dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr,
+    dv_strides, dwk_ptr, dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -317,8 +319,9 @@ def backward_kernel(
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     if state_ptr is None:
         plus, minus, z_plus, z_minus, _ = sum_keys(
-            k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
-            rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND, PRECISION, C,
+            k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
+            rope_ptr, rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND,
+            PRECISION, C,
         )  # fmt: skip
     else:
         plus, minus, z_plus, z_minus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
@@ -331,7 +334,7 @@ def backward_kernel(
     )  # fmt: skip
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     da_keys, _ = differentiate_keys(
-        k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
+        k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
         d_plus, d_minus, dz_plus, dz_minus, mean, 0.0, 0.0, 0.0, batch, head, heads, first, 0, count, count, scale,
         PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,

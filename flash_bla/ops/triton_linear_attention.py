@@ -23,7 +23,7 @@ from flash_bla.ops.triton_kernels import (
     reduce_kernel,
     state_kernel,
 )
-from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios, ratio_gradient_programs
+from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, encoding_strides, norm_ratios, ratio_gradient_programs
 from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
 from flash_bla.ops.triton_support import (
     Record,
@@ -55,6 +55,7 @@ class _Problem(NamedTuple):
     k_denominator: Tensor | None
     parameter: Tensor | None
     key_weight: Tensor | None
+    key_encoding: Tensor | None  # (H, M, D)
     rope: Tensor | None
     cu_seqlens: Tensor | None
     max_seqlen: int
@@ -156,8 +157,9 @@ class _Problem(NamedTuple):
     @property
     def align(self) -> int:
         """What divides all strides but the columns'; those of outputs and of rotary tables are multiples of widths."""
-        inputs = [x for x in (self.q, self.k, self.v, self.q_denominator, self.k_denominator) if x is not None]
-        return gcd(16, self.q.shape[3], self.v.shape[3], *(stride for x in inputs for stride in x.stride()[:3]))
+        inputs = (self.q, self.k, self.v, self.q_denominator, self.k_denominator, self.key_encoding)
+        inputs = [x for x in inputs if x is not None]
+        return gcd(16, self.q.shape[3], self.v.shape[3], *(stride for x in inputs for stride in x.stride()[:-1]))
 
     def programs(self, C: Config) -> int:
         return self.sequences * cdiv(self.q.shape[1], C.GROUP)
@@ -170,10 +172,11 @@ class _Problem(NamedTuple):
             wk=self.key_weight,
         )  # fmt: skip
         return _with_strides(tensors) | dict(
-            a_ptr=self.parameter, rope_ptr=self.rope, rope_strides=_rope_strides(self.rope),
-            cu_seqlens=self.cu_seqlens, query_sum_ptr=None, query_splits=0, query_length=self.q.shape[2],
-            key_length=self.k.shape[2], heads=self.q.shape[1], scale=self.scale or 0.0, eps=self.eps,
-            PHI=phi, PHI_DX=phi_dx, PHI_DA=phi_da, PAD=pad, **precision(self.q.dtype),
+            e_ptr=self.key_encoding, e_strides=encoding_strides(self.key_encoding), a_ptr=self.parameter,
+            rope_ptr=self.rope, rope_strides=_rope_strides(self.rope), cu_seqlens=self.cu_seqlens, query_sum_ptr=None,
+            query_splits=0, query_length=self.q.shape[2], key_length=self.k.shape[2], heads=self.q.shape[1],
+            scale=self.scale or 0.0, eps=self.eps, PHI=phi, PHI_DX=phi_dx, PHI_DA=phi_da, PAD=pad,
+            **precision(self.q.dtype),
         )  # fmt: skip
 
 
@@ -260,11 +263,11 @@ def _merge(partial: Tensor, query_sums: Tensor, p: _Problem) -> Tensor:
 def record_forward(
     record: Record, ratios: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None,
     q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None,
-    rope: Tensor | None, cu_seqlens: Tensor | None, options: tuple, keep_state: bool,
+    key_encoding: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None, options: tuple, keep_state: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The output, and for the backward pass the keys' state, None if it is not kept or the pass sums the keys again."""
     p = _Problem(record, *unpack(q, k, v), q_denominator, k_denominator, record.contiguous(parameter), key_weight,
-                 record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
+                 key_encoding, record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
     o = p.empty_output()
     arguments = p.arguments() | _with_strides(dict(o=o))
     if p.single:
@@ -290,7 +293,8 @@ def record_forward(
 def record_backward(
     record: Record, do: Tensor, state: Tensor | None, ratios: Tensor | None, q: Tensor, k: Tensor | None,
     v: Tensor | None, q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None,
-    key_weight: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None, options: tuple, keys: bool,
+    key_weight: Tensor | None, key_encoding: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None,
+    options: tuple, keys: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v and denominators, terms of the parameter's, and gradients of the queries' and keys' weights.
 
@@ -300,7 +304,7 @@ def record_backward(
     inputs = q, k, v
     q, k, v = unpack(*inputs)
     p = _Problem(record, q, k, v, q_denominator, k_denominator, record.contiguous(parameter), key_weight,
-                 record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
+                 key_encoding, record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
     if _is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align:  # its strides are no part of the plan
         do = record.contiguous(do)
     gradients = [p.empty_like(x) for x in (inputs if keys else (q, None, None))]
@@ -350,12 +354,19 @@ def record_backward(
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
+def _in_type_of_keys(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The operator's inputs, the keys' encoding in the type of the keys: its gradient is in that which it came in."""
+    encoding = tensors[7]
+    return tensors if encoding is None else (*tensors[:7], encoding.to(tensors[0].dtype), *tensors[8:])
+
+
 def _forward(tensors: Sequence[Tensor | None], options: tuple, keep_state: bool = True) -> tuple[Tensor | None, ...]:
     """The output, and for the backward pass the keys' state and the norm ratios."""
+    tensors = _in_type_of_keys(tensors)
     ratios = None
     if options[1] == "focusing_power":
-        (q, k, _), parameter, key_weight = unpack(*tensors[:3]), tensors[5], tensors[6]
-        ratios = run(norm_ratios, (q, k, parameter), (options[2],))
+        (q, k, _), parameter, key_weight, key_encoding = unpack(*tensors[:3]), *tensors[5:8]
+        ratios = run(norm_ratios, (q, k, key_encoding, parameter), (options[2],))
         if key_weight is not None:
             tensors = (*tensors[:6], ratios[:, None, q.shape[2] :] * key_weight, *tensors[7:])
     return *run(record_forward, (ratios, *tensors), (options, keep_state)), ratios
@@ -365,8 +376,12 @@ def _backward(
     do: Tensor, state: Tensor | None, ratios: Tensor | None, keys: bool, tensors: Sequence[Tensor | None],
     options: tuple,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of the first seven inputs of the forward operator; without ``keys`` those of the queries alone."""
-    parameter, key_weight = tensors[5], tensors[6]
+    """Gradients of the first seven inputs of the forward operator; without ``keys`` those of the queries alone.
+
+    The eighth's, the encoding's, is the sum over the sequences of the keys'.
+    """
+    tensors = _in_type_of_keys(tensors)
+    parameter, key_weight, key_encoding = tensors[5:8]
     if ratios is None:
         inputs = (do, state, None, *tensors)
     else:
@@ -377,7 +392,8 @@ def _backward(
     dq, dk, dv, dqd, dkd, da, dwq, dwk = run(record_backward, inputs, (options, keys))
     if ratios is not None:
         dr = dwk if dwk is None or key_weight is None else dwk * key_weight
-        run(add_ratio_gradients, (*unpack(dq, dk, dv)[:2], da, dwq, dr, q, k, parameter), (options[2],))
+        dq_, dk_, _ = unpack(dq, dk, dv)
+        run(add_ratio_gradients, (dq_, dk_, da, dwq, dr, q, k, key_encoding, parameter), (options[2],))
         dwk = None if dwk is None or key_weight is None else dwk * key_ratios
     if da is not None:
         da = run(_reduce, (da,)) if da.shape[0] > 1 else da[0]
@@ -386,13 +402,13 @@ def _backward(
 
 SCHEMA = """
     Tensor q, Tensor? k, Tensor? v, Tensor? q_denominator, Tensor? k_denominator, Tensor? parameter,
-    Tensor? key_weight, Tensor? rope, Tensor? cu_seqlens, SymInt max_seqlen, str feature_map, int exponent,
-    bool normalize, float? scale, float eps, bool softmax
+    Tensor? key_weight, Tensor? key_encoding, Tensor? rope, Tensor? cu_seqlens, SymInt max_seqlen, str feature_map,
+    int exponent, bool normalize, float? scale, float eps, bool softmax
 """
 
 
 def _forward_operator(q: Tensor, *arguments) -> tuple[Tensor, ...]:
-    return as_outputs(_forward((q, *arguments[:8]), arguments[8:]), q)
+    return as_outputs(_forward((q, *arguments[:9]), arguments[9:]), q)
 
 
 def _fake_forward(*arguments) -> tuple[Tensor, ...]:
@@ -401,8 +417,8 @@ def _fake_forward(*arguments) -> tuple[Tensor, ...]:
 
 
 def _backward_operator(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *arguments) -> tuple[Tensor, ...]:
-    ratios = ratios if arguments[10] == "focusing_power" else None
-    return as_outputs(_backward(do, state, ratios, keys, arguments[:9], arguments[9:]), do)
+    ratios = ratios if arguments[11] == "focusing_power" else None
+    return as_outputs(_backward(do, state, ratios, keys, arguments[:10], arguments[10:]), do)
 
 
 def _fake_backward(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *arguments) -> tuple[Tensor, ...]:
@@ -415,21 +431,29 @@ def _fake_backward(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *argum
 
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # of the state and the ratios, which would be written as zeros
-    ctx.options = inputs[9:]
-    ctx.save_for_backward(*inputs[:9], *output[1:])
+    ctx.options = inputs[10:]
+    ctx.save_for_backward(*inputs[:10], *output[1:])
 
 
 def _of_keys(ctx, q: Tensor) -> bool:
     """Whether more than the gradient of the queries is needed; through a softmax it takes that of the keys, too."""
-    _, k, v, _, *others = ctx.needs_input_grad[:7]
+    _, k, v, _, *others = ctx.needs_input_grad[:8]
     return ctx.options[-1] or q.ndim == 5 or k or v or any(others)
 
 
 def _differentiate(ctx, do, *_):
     *tensors, state, ratios = ctx.saved_tensors
     gradients = linear_attention_backward(do, state, ratios, _of_keys(ctx, tensors[0]), *tensors, *ctx.options)
+    de = _of_encoding(ctx, tensors, gradients)
     gradients = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
-    return *gradients, *[None] * (2 + len(ctx.options))
+    return *gradients, de, *[None] * (2 + len(ctx.options))
+
+
+def _of_encoding(ctx, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """The gradient of the keys' encoding, if it is needed."""
+    if not ctx.needs_input_grad[7]:
+        return None
+    return unpack(*gradients[:3])[1].sum(0, dtype=torch.float32).to(tensors[7].dtype)
 
 
 linear_attention_forward = define_operator(
@@ -457,7 +481,8 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         *tensors, state, ratios = ctx.saved_tensors
-        return *_backward(do, state, ratios, _of_keys(ctx, tensors[0]), tensors, ctx.options), None, None, None
+        gradients = _backward(do, state, ratios, _of_keys(ctx, tensors[0]), tensors, ctx.options)
+        return *gradients, _of_encoding(ctx, tensors, gradients), None, None, None
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_forward)
@@ -467,7 +492,7 @@ def _forward_flops(q_shape, k_shape, v_shape, *options, **_) -> int:
         B, N, _, H, D = q_shape
         q_shape = k_shape = (B, H, N, D)
     (B, H, N, D), M, D_v = q_shape, k_shape[2], (k_shape if v_shape is None else v_shape)[3]
-    feature_map, _, normalize = options[7:10]
+    feature_map, _, normalize = options[8:11]
     streams = 2 if feature_map == "signed_power" else 1
     return 2 * B * H * streams * D * ((M + N) * D_v + (N * streams if normalize else 0))
 
@@ -486,6 +511,7 @@ def linear_attention(
     q_denominator: Tensor | None = None,
     k_denominator: Tensor | None = None,
     key_weight: Tensor | str | None = None,
+    key_encoding: Tensor | None = None,
     rope: Tensor | None = None,
     normalize: bool = True,
     scale: float | None = None,
@@ -504,7 +530,7 @@ def linear_attention(
     eager = is_eager(q)
 
     def attend(q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-        tensors = q, k, v, q_denominator, k_denominator, parameter, key_weight, rope, cu_seqlens
+        tensors = q, k, v, q_denominator, k_denominator, parameter, key_weight, key_encoding, rope, cu_seqlens
         if not eager:
             return linear_attention_forward(*tensors, *options)[0]
         if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):

@@ -48,8 +48,8 @@ from flash_bla.ops.triton_tiles import (
 
 @jit
 def sum_keys(
-    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr, rope_strides,
-    mean, batch, head, heads, first, begin, end, count, scale,
+    k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
+    rope_strides, mean, batch, head, heads, first, begin, end, count, scale,
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """S₊, S₋ = s Σ φ(±k)ᵀ v and z₊, z₋ = Σ φ̃(±k) / M over the rows from ``begin`` to ``end``.
@@ -61,6 +61,8 @@ def sum_keys(
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
     v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    if e_ptr is not None:
+        e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
     if C.DECOUPLED:
         kd_ptr, kd_tile = _tile(kd_ptr, kd_strides, batch, head, first + begin, h, d, C)
     if C.KEY_WEIGHT:
@@ -82,6 +84,9 @@ def sum_keys(
         mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
         # φ is zero where PAD stands; so is a weight of the softmax
         k = tl.load(k_ptr + k_tile, mask=mask, other=0.0 if C.SOFTMAX else PAD).to(tl.float32)
+        if e_ptr is not None:
+            k += tl.load(e_ptr + e_tile, mask=mask, other=0.0).to(tl.float32)
+            e_ptr = _next(e_ptr, e_strides, C)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         phi_plus, phi_minus = _signs(PHI(k, a, C.EXPONENT), C)
         if C.KEY_WEIGHT:
@@ -380,7 +385,7 @@ def differentiate_queries(
 
 @jit
 def differentiate_keys(
-    k_ptr, k_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
+    k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
     rope_ptr, rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
     d_plus, d_minus, dz_plus, dz_minus, mean, query_mean, logarithm, average, batch, head, heads, first, begin, end,
     count, scale,
@@ -396,6 +401,8 @@ def differentiate_keys(
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
     v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    if e_ptr is not None:
+        e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
     dk_ptr, dk_tile = _tile(dk_ptr, dk_strides, batch, head, first + begin, h, d, C)
     dv_ptr, dv_tile = _tile(dv_ptr, dv_strides, batch, head, first + begin, hv, c, C)
     if C.DECOUPLED:
@@ -433,6 +440,9 @@ def differentiate_keys(
         inside = n < end
         mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
         k = _to_product_layout(tl.load(k_ptr + k_tile, mask=mask, other=0.0), identity, OPERAND)
+        if e_ptr is not None:
+            k += _to_product_layout(tl.load(e_ptr + e_tile, mask=mask, other=0.0), identity, OPERAND)
+            e_ptr = _next(e_ptr, e_strides, C)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         phi = PHI(k, a, C.EXPONENT)
         w = None

@@ -68,13 +68,15 @@ def _mask(inside, part: tl.constexpr, W: tl.constexpr):
 
 
 @jit
-def _load_u(x_ptr, offsets, inside, inverses, least, W: tl.constexpr):
-    """The parts of u, n^-½, and Σ sᵖ."""
+def _load_u(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, W: tl.constexpr):
+    """The parts of u, n^-½, and Σ sᵖ, of x + e if there is an encoding."""
     PARTS: tl.constexpr = W.PARTS
     u = ()
     squares = _zeros(W.BLOCK_N, W.BLOCK_C)
     for part in tl.static_range(PARTS):
         x = tl.load(x_ptr + offsets[part], mask=_mask(inside, part, W), other=0.0).to(tl.float32)
+        if e_ptr is not None:
+            x += tl.load(e_ptr + e_offsets[part], mask=_mask(inside, part, W), other=0.0).to(tl.float32)
         y = tl.maximum(x, 0.0) * inverses[part] + least[part]
         squares += y * y
         u = u + (y,)
@@ -92,27 +94,38 @@ def _start(pointer, strides, row):
 
 
 @jit
-def _write_ratios(x_ptr, offsets, inside, inverses, least, ratio_ptr, W: tl.constexpr):
-    _, inverse_norm, powers = _load_u(x_ptr, offsets, inside, inverses, least, W)
+def _write_ratios(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, ratio_ptr, W: tl.constexpr):
+    _, inverse_norm, powers = _load_u(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, W)
     ratio = _power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
     tl.store(ratio_ptr + tl.arange(0, W.BLOCK_N), ratio, mask=inside)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def norm_ratio_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, scale_ptr, ratio_ptr, query_length, key_length, W: tl.constexpr
+    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, scale_ptr, ratio_ptr, query_length, key_length,
+    W: tl.constexpr,
 ):  # fmt: skip
-    """The ratios (B, N + M) of queries and keys: programs share the rows (axis 0) of a sequence (axis 1)."""
+    """The ratios (B, N + M) of queries and keys: programs share the rows (axis 0) of a sequence (axis 1).
+
+    An encoding, if any, is added to the keys; its stride from one sequence to the next is zero.
+    """
     inverses, least = _load_scale(scale_ptr, W)
     begin, end = share(tl.maximum(query_length, key_length), tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
     q_ptr, q_offsets = _start(q_ptr, q_strides, begin), _offsets(q_strides, W)
     k_ptr, k_offsets = _start(k_ptr, k_strides, begin), _offsets(k_strides, W)
+    e_offsets = k_offsets
+    if e_ptr is not None:
+        e_ptr, e_offsets = _start(e_ptr, e_strides, begin), _offsets(e_strides, W)
     ratio_ptr += tl.program_id(1).to(tl.int64) * (query_length + key_length)
     step = tl.full((), W.BLOCK_N, tl.int64)
     for start in tl.range(begin, end, W.BLOCK_N, num_stages=3):
         n = start + tl.arange(0, W.BLOCK_N)
-        _write_ratios(q_ptr, q_offsets, n < query_length, inverses, least, ratio_ptr + start, W)
-        _write_ratios(k_ptr, k_offsets, n < key_length, inverses, least, ratio_ptr + query_length + start, W)
+        ratios = ratio_ptr + start
+        _write_ratios(q_ptr, q_offsets, None, q_offsets, n < query_length, inverses, least, ratios, W)
+        ratios += query_length
+        _write_ratios(k_ptr, k_offsets, e_ptr, e_offsets, n < key_length, inverses, least, ratios, W)
+        if e_ptr is not None:
+            e_ptr += step * e_strides[2]
         q_ptr += step * q_strides[2]
         k_ptr += step * k_strides[2]
 
@@ -134,10 +147,12 @@ def _last_row(dr_ptr, h, first, end, BLOCK: tl.constexpr, HEADS: tl.constexpr):
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def norm_ratio_gradient_kernel(
-    x_ptr, x_strides, dx_ptr, dx_strides, dr_ptr, scale_ptr, dscale_ptr, length,
+    x_ptr, x_strides, e_ptr, e_strides, dx_ptr, dx_strides, dr_ptr, scale_ptr, dscale_ptr, length,
     LOG: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Adds to dx what comes by the ratios, and sums for the scale's gradient; dr (B, H, N) is summed over the heads.
+
+    The ratios are those of x + e, if there is an encoding.
 
     Programs share the rows (axis 0) of a sequence (axis 1). With ``LOG``, the gradient of the ratios' logarithms, most
     rows have none, and blocks of such rows are left out.
@@ -148,6 +163,7 @@ def norm_ratio_gradient_kernel(
     rows, h = tl.arange(0, W.BLOCK_N), tl.arange(0, BLOCK_H)
     dr_ptr += tl.program_id(1).to(tl.int64) * HEADS * length + (h * length)[:, None]
     x_ptr, offsets = _start(x_ptr, x_strides, 0), _offsets(x_strides, W)
+    e_offsets = _offsets(e_strides, W)
     dx_ptr, dx_offsets = _start(dx_ptr, dx_strides, 0), _offsets(dx_strides, W)
     dscale = ()
     for _ in tl.static_range(PARTS):
@@ -160,7 +176,10 @@ def norm_ratio_gradient_kernel(
             dr = tl.load(dr_ptr + (start + rows)[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=0.0)
             dr = tl.sum(dr, 0)
             at = tl.cast(start, tl.int64)
-            u, inverse_norm, powers = _load_u(x_ptr + at * x_strides[2], offsets, inside, inverses, least, W)
+            x_rows, e_rows = x_ptr + at * x_strides[2], None
+            if e_ptr is not None:
+                e_rows = e_ptr + at * e_strides[2]
+            u, inverse_norm, powers = _load_u(x_rows, offsets, e_rows, e_offsets, inside, inverses, least, W)
             inverse_n = inverse_norm * inverse_norm
             if not LOG:
                 dr *= _power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
@@ -218,17 +237,26 @@ def _programs(x: Tensor, length: int, W: _Width, resident: int, device: torch.de
     return max(1, min(resident * multiprocessors(device) // max(x.shape[0], 1), cdiv(length, W.BLOCK_N))), x.shape[0], 1
 
 
-def _is_packed(x: Tensor) -> bool:
-    return x.stride(1) == x.shape[3] and x.stride(3) == 1
+def _are_packed(*tensors: Tensor | None) -> bool:
+    """Whether the heads of a token follow one another without a gap."""
+    return all(x is None or x.stride(-3) == x.shape[-1] and x.stride(-1) == 1 for x in tensors)
 
 
-def norm_ratios(record: Record, q: Tensor, k: Tensor, scale: Tensor, exponent: int) -> Tensor:
+def encoding_strides(encoding: Tensor | None) -> tuple[int, int, int, int]:
+    """Those of an encoding (H, M, D), the same for all sequences."""
+    return (0, 0, 0, 0) if encoding is None else (0, *encoding.stride())
+
+
+def norm_ratios(
+    record: Record, q: Tensor, k: Tensor, encoding: Tensor | None, scale: Tensor, exponent: int
+) -> Tensor:  # fmt: skip
     """‖u‖ / ‖uᵖ‖ with u = (max(x, 0) + 1e-6) / scale, over all heads and channels of a token.
 
     Args:
         record: Of the launch.
         q: ``(B, H, N, D)``, float16, bfloat16 or float32.
         k: ``(B, H, M, D)`` of the same type.
+        encoding: ``(H, M, D)`` or None, what is added to the keys.
         scale: Positive, float32, ``(H, D)``.
         exponent: p.
 
@@ -236,10 +264,11 @@ def norm_ratios(record: Record, q: Tensor, k: Tensor, scale: Tensor, exponent: i
         Float32 ``(B, N + M)``: the queries' and the keys'.
     """
     ratios = record.new_empty((q.shape[0], q.shape[2] + k.shape[2]), torch.float32)
-    W = _width(q, _is_packed(q) and _is_packed(k), exponent)
+    W = _width(q, _are_packed(q, k, encoding), exponent)
     arguments = dict(
-        q_ptr=q, q_strides=q.stride(), k_ptr=k, k_strides=k.stride(), scale_ptr=record.contiguous(scale),
-        ratio_ptr=ratios, query_length=q.shape[2], key_length=k.shape[2], W=W,
+        q_ptr=q, q_strides=q.stride(), k_ptr=k, k_strides=k.stride(), e_ptr=encoding,
+        e_strides=encoding_strides(encoding), scale_ptr=record.contiguous(scale), ratio_ptr=ratios,
+        query_length=q.shape[2], key_length=k.shape[2], W=W,
     )  # fmt: skip
     grid = _programs(q, max(q.shape[2], k.shape[2]), W, 6, record.device)
     record.launch(norm_ratio_kernel, grid, arguments)
@@ -254,7 +283,7 @@ def ratio_gradient_programs(x: Tensor, device: torch.device) -> int:
 
 def add_ratio_gradients(
     record: Record, dq: Tensor, dk: Tensor | None, dscale: Tensor, d_log_ratio: Tensor, d_ratio: Tensor | None,
-    q: Tensor, k: Tensor, scale: Tensor, exponent: int,
+    q: Tensor, k: Tensor, encoding: Tensor | None, scale: Tensor, exponent: int,
 ) -> tuple[()]:  # fmt: skip
     """Adds to the gradients of queries and keys what comes by their ratios.
 
@@ -267,20 +296,21 @@ def add_ratio_gradients(
         d_ratio: Gradient of the keys' ratios ``(B, H, M)``, or None.
         q: ``(B, H, N, D)``.
         k: ``(B, H, M, D)``.
+        encoding: ``(H, M, D)`` or None.
         scale: As in ``norm_ratios``.
         exponent: p.
     """
     scale = record.contiguous(scale)
     end = dscale.shape[0]
-    for x, dx, dr, log in ((k, dk, d_ratio, False), (q, dq, d_log_ratio, True)):
+    for x, e, dx, dr, log in ((k, encoding, dk, d_ratio, False), (q, None, dq, d_log_ratio, True)):
         if dx is None:
             continue
         rows = ratio_gradient_programs(x, record.device)
-        W = _width(x, _is_packed(x) and _is_packed(dx), exponent, gradient=True)
+        W = _width(x, _are_packed(x, e, dx), exponent, gradient=True)
         arguments = dict(
-            x_ptr=x, x_strides=x.stride(), dx_ptr=dx, dx_strides=dx.stride(), dr_ptr=record.contiguous(dr),
-            scale_ptr=scale, dscale_ptr=dscale[end - rows : end], length=x.shape[2], LOG=log, HEADS=x.shape[1],
-            BLOCK_H=power_of_two(x.shape[1]), W=W,
+            x_ptr=x, x_strides=x.stride(), e_ptr=e, e_strides=encoding_strides(e), dx_ptr=dx, dx_strides=dx.stride(),
+            dr_ptr=record.contiguous(dr), scale_ptr=scale, dscale_ptr=dscale[end - rows : end], length=x.shape[2],
+            LOG=log, HEADS=x.shape[1], BLOCK_H=power_of_two(x.shape[1]), W=W,
         )  # fmt: skip
         grid = _programs(x, x.shape[2], W, 4, record.device)
         record.launch(norm_ratio_gradient_kernel, grid, arguments, maxnreg=128)

@@ -49,6 +49,15 @@ def _load(pointer, strides, batch, head, column, inside, exists, other, C: tl.co
 
 
 @jit
+def _plus_encoding(k, e_ptr, e_strides, head, column, inside, exists, C: tl.constexpr):
+    """Keys in float32, with their encoding, if any."""
+    if e_ptr is not None:
+        return k.to(tl.float32) + _load(e_ptr, e_strides, 0, head, column, inside, exists, 0.0, C).to(tl.float32)
+    else:
+        return k.to(tl.float32)
+
+
+@jit
 def _store(pointer, strides, batch, head, column, inside, exists, x, C: tl.constexpr):
     tile = _start(pointer, strides, batch, head, 0) + _offsets(column * 0, column, strides, C)
     tl.store(tile, x.to(pointer.dtype.element_ty), mask=inside[:, None] & exists[None, :])
@@ -110,12 +119,14 @@ def _feature_gradients(d_scores, d_others, phi, turned, cos, sin, C: tl.constexp
 
 @jit
 def _again(
-    x, phi, pointer, strides, batch, head, column, inside, a,
+    x, phi, pointer, strides, e_ptr, e_strides, batch, head, column, inside, a,
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """x and φ(x), loaded and computed again where registers cannot hold them until now."""
     if C.PARAMETER:
-        x = _to_product_layout(_load(pointer, strides, batch, head, column, inside, column < C.D, PAD, C), OPERAND)
+        x = _load(pointer, strides, batch, head, column, inside, column < C.D, PAD, C)
+        x = _plus_encoding(x, e_ptr, e_strides, head, column, inside, column < C.D, C)
+        x = _to_product_layout(x, OPERAND)
         return x, PHI(x, a, C.EXPONENT)
     else:
         return x, phi
@@ -123,8 +134,8 @@ def _again(
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def single_forward_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, wk_ptr,
-    wk_strides, rope_ptr, rope_strides, query_length, key_length, heads, programs, scale, eps,
+    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides,
+    wk_ptr, wk_strides, rope_ptr, rope_strides, query_length, key_length, heads, programs, scale, eps,
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The forward pass of those of ``programs`` sequences and heads that are this one's turn."""
@@ -138,7 +149,8 @@ def single_forward_kernel(
         batch, head = (i // heads).to(tl.int64), i % heads
         a = _load_parameter(a_ptr, head, heads, C)
         k = _load(k_ptr, k_strides, batch, head, d, keys, d < C.D, 0.0, C)
-        k = tl.where(keys[:, None] & (d < C.D)[None, :], k.to(tl.float32), PAD)  # φ is zero where PAD stands
+        k = _plus_encoding(k, e_ptr, e_strides, head, d, keys, d < C.D, C)
+        k = tl.where(keys[:, None] & (d < C.D)[None, :], k, PAD)  # φ is zero where PAD stands
         q = _load(q_ptr, q_strides, batch, head, d, queries, d < C.D, 0.0, C)
         factor = _load_factor(a_ptr, head, heads, C)
         k, q = PHI(k, a, C.EXPONENT) * (factor * factor), PHI(q.to(tl.float32), a, C.EXPONENT)
@@ -164,9 +176,9 @@ def single_forward_kernel(
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def single_backward_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, wk_ptr,
-    wk_strides, rope_ptr, rope_strides, dq_ptr, dq_strides, dk_ptr, dk_strides, dv_ptr, dv_strides, dwq_ptr,
-    dwq_strides, dwk_ptr, dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
+    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, do_ptr, do_strides, a_ptr, wq_ptr,
+    wq_strides, wk_ptr, wk_strides, rope_ptr, rope_strides, dq_ptr, dq_strides, dk_ptr, dk_strides, dv_ptr, dv_strides,
+    dwq_ptr, dwq_strides, dwk_ptr, dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -187,6 +199,7 @@ def single_backward_kernel(
     one = 1.0 / tl.maximum(key_length, 1).to(tl.float32)
     if C.MEAN:
         scale = one
+    k = _plus_encoding(k, e_ptr, e_strides, head, d, keys, d < C.D, C)
     k, q = _to_product_layout(k, OPERAND), _to_product_layout(q, OPERAND)
     phi_k, phi_q = PHI(k, a, C.EXPONENT), PHI(q, a, C.EXPONENT)
     q_operands, k_operands = _operands(phi_q, None, OPERAND, C), _operands(phi_k * factor, w, OPERAND, C)
@@ -224,7 +237,7 @@ def single_backward_kernel(
             d_first = d_scores if C.ROPE else d_others
     d_scores, d_others = d_first.to(OPERAND), d_others.to(OPERAND)
     d_phi, d_minus = _feature_gradients(d_scores, d_others, k_operands, turned_k, cos, sin, C)
-    x, phi = _again(q, phi_q, q_ptr, q_strides, batch, head, d, queries, a, PHI, PAD, OPERAND, C)
+    x, phi = _again(q, phi_q, q_ptr, q_strides, None, e_strides, batch, head, d, queries, a, PHI, PAD, OPERAND, C)
     if C.SIGNED:
         d_phi = _of_sign(x, d_phi, d_minus)
     dq, da = _features_backward(x, a, phi, d_phi, PHI_DX, PHI_DA, C)
@@ -235,7 +248,7 @@ def single_backward_kernel(
     if dk_ptr is not None:
         d_scores, d_others = tl.trans(d_scores), tl.trans(d_others)
         d_phi, d_minus = _feature_gradients(d_scores, d_others, q_operands, turned_q, cos, sin, C)
-        x, phi = _again(k, phi_k, k_ptr, k_strides, batch, head, d, keys, a, PHI, PAD, OPERAND, C)
+        x, phi = _again(k, phi_k, k_ptr, k_strides, e_ptr, e_strides, batch, head, d, keys, a, PHI, PAD, OPERAND, C)
         d_phi = _of_sign(x, d_phi, d_minus) if C.SIGNED else d_phi * factor
         if C.KEY_WEIGHT:
             dwk = _start(dwk_ptr, dwk_strides, batch, head, 0)

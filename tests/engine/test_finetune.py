@@ -221,7 +221,7 @@ def test_adapters_are_few_and_change_nothing_at_first():
     images = torch.randn(1, 3, 64, 64)
     expected = model(images)
     add_adapters(model, 8)
-    assert torch.equal(model(images), expected)
+    torch.testing.assert_close(model(images), expected)  # not to the bit: pola's scale then is no longer in the weights
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert sum(trained.values()) < 0.05 * sum(p.numel() for p in model.parameters())
     layers = ("attn.qkvg", "attn.proj", "mlp.fc1", "mlp.fc2")

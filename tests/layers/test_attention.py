@@ -225,10 +225,24 @@ def test_encoding_follows_the_grid(name, grid):
     with torch.no_grad():  # a constant stays that constant
         attention.positional_encoding.copy_(torch.linspace(-1, 1, DIM).expand(1, 16, -1))
     k = torch.zeros(1, 1 + grid[0] * grid[1], DIM, dtype=torch.float64)
-    encoded = attention.encode_position(k, grid)
-    assert encoded[:, 0].abs().max() == 0
-    expected = attention.positional_encoding[0, :1].expand(k.shape[1] - 1, -1)
-    torch.testing.assert_close(encoded[0, 1:], expected, rtol=1e-6, atol=1e-6)
+    encoding = attention.encode_position(k, grid, HEADS)
+    assert encoding[:, 0].abs().max() == 0
+    expected = heads(attention.positional_encoding[:, :1]).expand(1, -1, k.shape[1] - 1, -1)
+    torch.testing.assert_close(encoding[None, :, 1:], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_pola_with_a_projection_that_is_no_linear_layer():
+    """As LoRA makes it: the scale of the keys cannot go into the weights then."""
+    attention, grid = build("pola"), (4, 4)
+    wrapped = copy.deepcopy(attention)
+    wrapped.qkvg = nn.Sequential(wrapped.qkvg)
+    results = []
+    for module in (attention, wrapped):
+        o = module(tokens(grid, prefix=1), grid)
+        o.square().sum().backward()
+        gradients = {key.replace("qkvg.0", "qkvg"): p.grad for key, p in module.named_parameters()}
+        results.append({"o": o} | gradients)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -40,6 +40,7 @@ class Variant:
 
     feature_map: str | None = "elu1"
     key_weight: bool = False
+    encoding: bool = False
     softmax: bool = False
     rope: bool = False
     options: dict = field(default_factory=dict)
@@ -55,14 +56,17 @@ VARIANTS = {
     "identity": Variant(None, options=dict(normalize=False, scale=0.125)),
     "elu1_scaled": Variant(options=dict(scale=-0.5, eps=1e-2)),
     "elu1_weighted": Variant(key_weight=True),
+    "elu1_encoded": Variant(encoding=True),
     "elu1_rope": Variant(rope=True),
     "elu1_rope_weighted": Variant(rope=True, key_weight=True),
     "elu1_softmax": Variant(softmax=True),
     "elu1_rope_softmax": Variant(softmax=True, rope=True),
     "focusing_power": Variant("focusing_power"),
     "focusing_power_weighted": Variant("focusing_power", key_weight=True),
+    "focusing_power_encoded": Variant("focusing_power", encoding=True),
     "signed_power": Variant("signed_power"),
     "signed_power_weighted": Variant("signed_power", key_weight=True),
+    "signed_power_encoded": Variant("signed_power", encoding=True),
 }
 
 
@@ -92,6 +96,8 @@ def make_inputs(shape, variant: Variant, dtype: torch.dtype, seed: int = 0):
     angle = randn(H, N, D // 2)
     rope = torch.stack([angle.cos(), angle.sin()], dim=-1) if variant.rope else None
     do = randn(B, N, H, D_v).transpose(1, 2).to(dtype)
+    if variant.encoding:  # as kernels read it
+        leaves["key_encoding"] = (0.5 * randn(M, H, D).transpose(0, 1)).to(dtype).float()
     return leaves, rope, do
 
 
@@ -103,6 +109,8 @@ def forward_backward(function, variant: Variant, inputs, dtype: torch.dtype | No
     rope = None if rope is None else rope.to(**place)
     feature_map = {"focusing_power": focusing_power, "signed_power": signed_power}.get(variant.feature_map)
     feature_map = variant.feature_map if feature_map is None else feature_map(leaves["parameter"])
+    if variant.encoding:
+        options["key_encoding"] = leaves["key_encoding"]
     key_weight = "softmax" if variant.softmax else leaves.get("key_weight")
     o = function(
         leaves["q"], leaves["k"], leaves["v"], feature_map=feature_map, key_weight=key_weight, rope=rope,

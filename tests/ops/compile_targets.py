@@ -44,8 +44,8 @@ VARIANTS = {
     "relu, packed": dict(feature_map="relu", cu_seqlens=torch.empty(3, dtype=torch.int32, device="meta")),
     "rope, weight": dict(feature_map="elu1", rope=True, weight=True),
     "softmax": dict(feature_map="elu1", rope=True, softmax=True),
-    "focusing": dict(feature_map="focusing_power", exponent=3, parameter=True),
-    "signed": dict(feature_map="signed_power", parameter=True),
+    "focusing": dict(feature_map="focusing_power", exponent=3, parameter=True, encoding=True),
+    "signed": dict(feature_map="signed_power", parameter=True, encoding=True),
     "decoupled": dict(feature_map="identity", decoupled=True),
 }
 
@@ -62,22 +62,23 @@ def linear(variant, dtype, D, N):
     half = torch.float16 if dtype == torch.bfloat16 else torch.float32
     rope = x(H, N, D // 2, 2, dtype=half) if variant.pop("rope", False) else None
     weight = x(B, H, N) if variant.pop("weight", False) else None
+    encoding = x(N, H, D, dtype=dtype).transpose(0, 1) if variant.pop("encoding", False) else None
     parameter = x(H, D) if variant.pop("parameter", False) else None
     options = dict(max_seqlen=N, feature_map=None, exponent=1, normalize=True, scale=None, eps=1e-6, softmax=False)
     cu_seqlens = variant.pop("cu_seqlens", None)
     options = tuple((options | variant).values())
     q, k, v = x(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     v = v[..., : widest_values(q, 2 if variant["feature_map"] == "signed_power" else 1)]
-    tensors = q, k, v, decoupled, decoupled, parameter, weight, rope, cu_seqlens
+    tensors = q, k, v, decoupled, decoupled, parameter, weight, encoding, rope, cu_seqlens
     focusing = variant["feature_map"] == "focusing_power"
     ratios = x(B, 2 * N) if focusing else None
     do, state = x(B, N, H, v.shape[3], dtype=dtype).transpose(1, 2), x(B, H, 2, v.shape[3] + 3, D)
     yield Record(module.record_forward, (ratios, *tensors), (options, True))
     yield Record(module.record_backward, (do, state, ratios, *tensors), (options, True))
     if focusing:
-        yield Record(norm_ratios, (q, k, parameter), (3,))
+        yield Record(norm_ratios, (q, k, encoding, parameter), (3,))
         terms, dr = x(1000, H, D), x(B, H, N)
-        yield Record(add_ratio_gradients, (q, k, terms, dr, dr, q, k, parameter), (3,))
+        yield Record(add_ratio_gradients, (q, k, terms, dr, dr, q, k, encoding, parameter), (3,))
 
 
 def piecewise_sparse(dtype, D, block_size):

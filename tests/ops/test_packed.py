@@ -13,7 +13,7 @@ from tests.ops.cases import DEVICE, TOLERANCE, VARIANTS, assert_close, forward_b
 
 pytest.importorskip("triton")
 
-NAMES = ["elu1", "elu1_rope_weighted", "elu1_rope_softmax", "focusing_power", "signed_power"]
+NAMES = ["elu1", "elu1_rope_weighted", "elu1_rope_softmax", "focusing_power_encoded", "signed_power"]
 
 
 def packed(parts):
@@ -104,7 +104,7 @@ def test_layers_put_no_gradients_together(name, compiled, monkeypatch):
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-@pytest.mark.parametrize("name", ["elu1_rope_softmax", "focusing_power"])
+@pytest.mark.parametrize("name", ["elu1_rope_softmax", "focusing_power_encoded"])
 def test_opcheck(name, parts):
     variant = VARIANTS[name]
     leaves, rope, _ = make_inputs((1, 2, 20, 20, 16, 16), variant, torch.float32)
@@ -114,8 +114,8 @@ def test_opcheck(name, parts):
     v = leaves["v"].requires_grad_() if parts == 2 else None
     torch.library.opcheck(
         linear_attention_forward,
-        (qkv, None, v, None, None, leaves.get("parameter"), None, rope, None, 0, variant.feature_map, 3, True, None,
-         1e-6, variant.softmax),
+        (qkv, None, v, None, None, leaves.get("parameter"), None, leaves.get("key_encoding"), rope, None, 0,
+         variant.feature_map, 3, True, None, 1e-6, variant.softmax),
     )  # fmt: skip
 
 

@@ -4,14 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flash_bla.ops import decoupled_la, focusing_power, linear_attention, signed_power, simple_la
+from flash_bla.ops import FeatureMap, decoupled_la, focusing_power, linear_attention, signed_power, simple_la
 from flash_bla.ops.reference import rotate
 from tests.ops.cases import SHAPES, VARIANTS, assert_close, forward_backward, make_inputs
 
 
-def explicit_attention(q, k, v, feature_map, key_weight, rope, normalize=True, scale=None, eps=1e-6):
+def explicit_attention(
+    q, k, v, feature_map, key_weight, rope, key_encoding=0.0, normalize=True, scale=None, eps=1e-6
+):  # fmt: skip
     """o = Σ_m A_nm v_m with A_nm = w_m (R φ(q_n) · R φ(k_m)) s / (mean_m w_m φ(q_n) · φ(k_m) + ε), A written out."""
     M = k.shape[2]
+    k = k + key_encoding
     if isinstance(key_weight, str):  # RALA's, of which φ is elu + 1
         mean = (F.elu(q) + 1).mean(2)
         exponentials = torch.einsum("bhd,bhmd->bhm", mean, F.elu(k) + 1).div(q.shape[3] ** 0.5).exp()
@@ -80,7 +83,7 @@ def test_gradcheck(variant):
         feature_map = variant.feature_map if make is None else make(rest["parameter"])
         return linear_attention(
             q, k, v, feature_map=feature_map, key_weight="softmax" if variant.softmax else rest.get("key_weight"),
-            rope=rope, backend="reference", **variant.options,
+            key_encoding=rest.get("key_encoding"), rope=rope, backend="reference", **variant.options,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(function, list(leaves.values()))
@@ -104,6 +107,11 @@ def test_derivative_at_zero_is_finite():
     power = torch.full((1, 8), 1.5, dtype=torch.float64, requires_grad=True)
     o = linear_attention(q, k, v, feature_map=signed_power(power))
     assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), [q, k, v, power]))
+
+
+def test_slope_of_elu1_at_zero():
+    x = torch.zeros(1, 1, 1, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.grad(FeatureMap("elu1")(x).sum(), x)[0].eq(1).all()
 
 
 def test_rotation_keeps_the_norm():

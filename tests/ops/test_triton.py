@@ -188,7 +188,7 @@ def test_output_is_laid_out_for_the_projection():
     assert o.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("name", ["elu1_rope_weighted", "elu1_softmax", "signed_power", "focusing_power"])
+@pytest.mark.parametrize("name", ["elu1_rope_weighted", "elu1_softmax", "signed_power_encoded", "focusing_power"])
 def test_opcheck(name):
     variant = VARIANTS[name]
     leaves, rope, _ = make_inputs((1, 2, 20, 20, 16, 16), variant, torch.float32)
@@ -197,8 +197,8 @@ def test_opcheck(name):
     key_weight = leaves["key_weight"].expand(1, 2, 20) if "key_weight" in leaves else None
     torch.library.opcheck(
         linear_attention_forward,
-        (leaves["q"], leaves["k"], leaves["v"], None, None, leaves.get("parameter"), key_weight, rope, None, 0,
-         variant.feature_map, 3, True, None, 1e-6, variant.softmax),
+        (leaves["q"], leaves["k"], leaves["v"], None, None, leaves.get("parameter"), key_weight,
+         leaves.get("key_encoding"), rope, None, 0, variant.feature_map, 3, True, None, 1e-6, variant.softmax),
     )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def test_compiled_graph_holds_the_operator():
 
 
 def test_compiled_gradients():
-    variant = VARIANTS["focusing_power"]
+    variant = VARIANTS["focusing_power_encoded"]
     inputs = make_inputs((1, 2, 20, 20, 16, 16), variant, torch.float32)
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = torch.compile(linear_attention, fullgraph=True, backend=backend)
