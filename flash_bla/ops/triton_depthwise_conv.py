@@ -154,14 +154,17 @@ def _launch_forward(
 
 def record_backward(
     record: Record, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
-    needed: tuple[bool, ...], height: int, width: int, stride: int, residual: bool, activation: str | None,
-    input_activation: str | None,
+    base: Tensor | None, d_gate: Tensor | None, needed: tuple[bool, ...], height: int, width: int, stride: int,
+    residual: bool, activation: str | None, input_activation: str | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the first five inputs of the forward operator, None for what is not needed.
 
-    So is that of ``add`` without ``gate``: it is dy.
+    So is that of ``add`` without ``gate``: it is dy. That of x is added to ``base``, and that of the gate written to
+    ``d_gate``, where these are given.
     """
-    gradients = dx, d_weight, d_bias, d_add, d_gate = _new_gradients(record, needed, dy, x, weight, bias, gate)
+    new = needed[0] and base is None, *needed[1:4], needed[4] and d_gate is None
+    gradients = dx, d_weight, d_bias, d_add, _ = _new_gradients(record, new, dy, x, weight, bias, gate)
+    dx, d_gate = (first if second is None else second for first, second in ((dx, base), (gradients[4], d_gate)))
     dy, x, add, gate = (_rows(record, tensor) for tensor in (dy, x, add, gate))
     of_filters = d_weight is not None or d_bias is not None
     dz = dy
@@ -191,7 +194,7 @@ def record_backward(
             # each goes on until all is done: there are fewer shares to add
             programs = min(blocks.programs, blocks.places)
             partial = record.new_empty((programs, k * k + 1, channels), torch.float32)
-        tensors = dict(dz=dz, x=x if of_filters or sloped else None, dx=dx)
+        tensors = dict(dz=dz, x=x if of_filters or sloped else None, base=base, dx=dx)
         _launch_on(
             record, image, gradient_kernel, resident, maxnreg, _output_size(*source, stride), source, tensors, programs,
             partial_ptr=partial, STRIDE=stride, RESIDUAL=residual, INPUT=of_input,
@@ -223,7 +226,7 @@ def _fake_forward(x, weight, bias, add, gate, height, width, stride, *_) -> Tens
 
 
 def _backward_operator(dy: Tensor, needed: Sequence[bool], *arguments) -> tuple[Tensor, ...]:
-    return as_outputs(run(record_backward, (dy, *arguments[:5]), (tuple(needed), *arguments[5:])), dy)
+    return as_outputs(run(record_backward, (dy, *arguments[:5], None, None), (tuple(needed), *arguments[5:])), dy)
 
 
 def _fake_backward(dy, needed, x, weight, bias, add, gate, *_) -> tuple[Tensor, ...]:
@@ -273,7 +276,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, dy):
         needed = ctx.needs_input_grad[:5]
         tensors = ctx.saved_tensors
-        dx, d_weight, d_bias, d_add, d_gate = run(record_backward, (dy, *tensors), (needed, *ctx.options))
+        dx, d_weight, d_bias, d_add, d_gate = run(record_backward, (dy, *tensors, None, None), (needed, *ctx.options))
         if needed[3] and tensors[4] is None:
             d_add = dy
         return dx, d_weight, d_bias, d_add, d_gate, None, None

@@ -111,6 +111,15 @@ def _fill(value, COUNT: tl.constexpr, STRIPS: tl.constexpr):
 
 
 @jit
+def _begin(bases, zero, COUNT: tl.constexpr, STRIPS: tl.constexpr):
+    """Sums to begin with: the first of ``bases``, if there are any, or zeros."""
+    if len(bases) == 0:
+        return _fill(zero, COUNT, STRIPS)
+    else:
+        return _apply(_identity, bases[:COUNT])
+
+
+@jit
 def _apply(function: tl.constexpr, values):
     results = ()
     for i in tl.static_range(len(values)):
@@ -325,14 +334,15 @@ def forward_kernel(
 
 @jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    dz_ptr, dz_strides, x_ptr, x_strides, filters_ptr, dx_ptr, dx_strides, partial_ptr,
+    dz_ptr, dz_strides, x_ptr, x_strides, filters_ptr, base_ptr, base_strides, dx_ptr, dx_strides, partial_ptr,
     images, height, width, out_height, out_width, channels, filters, depth,
     K: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, INPUT: tl.constexpr, INPUT_DERIVATIVE: tl.constexpr,
     COLUMNS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of z (the source) that of x (the target), and shares of those of the filters and of the bias.
 
-    partial (programs, K² + 1, C) takes the shares, the bias's last.
+    ``base``, which may be what the gradient of x is written over, is added to it. partial (programs, K² + 1, C) takes
+    the shares, the bias's last.
     """
     PAD: tl.constexpr = K // 2
     BEFORE: tl.constexpr = PAD // STRIDE
@@ -356,11 +366,11 @@ def gradient_kernel(
         begin = (tl.maximum(first - PAD, 0) + STRIDE - 1) // STRIDE
         end = (last - 1 + PAD) // STRIDE + 1
         bottom = tl.minimum(end, height)
-        sums = _fill(zero, K * COLUMNS, STRIPS)
-        raw, xs, queue = (), (), ()
+        raw, xs, queue, bases = (), (), (), ()
         for r in tl.static_range(K - STRIDE):
             row = begin * STRIDE + (r - PAD)
             raw += _load_row(x_ptr, x_strides, strips, left, row, first, last, out_width, COLUMNS, 0)
+            bases += _load_row(base_ptr, base_strides, strips, left, row, first, last, out_width, COLUMNS, 0)
         # of the K rows of x, the values that meet dz and, with an activation of the input, its slopes
         values, slopes = _apply(INPUT, raw), ()
         if INPUT_DERIVATIVE is not None:
@@ -369,6 +379,11 @@ def gradient_kernel(
             step = begin + ahead
             queue += _load_row(dz_ptr, dz_strides, strips, left // STRIDE, step, 0, bottom, width, WIDTH, BEFORE)
             xs += _load_rows(x_ptr, x_strides, strips, left, step, first, last, out_width, K, STRIDE, COLUMNS, 0)
+            bases += _load_rows(
+                base_ptr, base_strides, strips, left, step, first, last, out_width, K, STRIDE, COLUMNS, 0
+            )
+        sums = _begin(bases, zero, K * COLUMNS, STRIPS)
+        bases = bases[K * COLUMNS :]
         for steps in range(begin, end, AHEAD):
             for ahead in tl.static_range(AHEAD):
                 step = steps + ahead
@@ -392,10 +407,14 @@ def gradient_kernel(
                 )
                 rows = _load_rows(x_ptr, x_strides, strips, left, then, first, last, out_width, K, STRIDE, COLUMNS, 0)
                 xs = xs[len(rows) :] + rows
+                bases += _load_rows(
+                    base_ptr, base_strides, strips, left, then, first, last, out_width, K, STRIDE, COLUMNS, 0
+                )
                 for r in tl.static_range(STRIDE):
                     done = sums[r * COLUMNS : r * COLUMNS + COLUMNS]
                     _store_row(dx_ptr, dx_strides, strips, done, step * STRIDE + (r - PAD), first, last, out_width)
-                sums = sums[STRIDE * COLUMNS :] + _fill(zero, STRIDE * COLUMNS, STRIPS)
+                sums = sums[STRIDE * COLUMNS :] + _begin(bases, zero, STRIDE * COLUMNS, STRIPS)
+                bases = bases[STRIDE * COLUMNS :]
     if partial_ptr is not None:
         for tap in tl.static_range(K * K + 1):
             at = (program.to(tl.int64) * (K * K + 1) + tap) * channels + c

@@ -100,7 +100,8 @@ def depthwise_conv(dtype, D):
     x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((2, 56, D), (D, 1, 3, 3)))
     options = 7, 8, 1, False, "gelu", None
     yield Record(conv.record_forward, (x, weight, None, None, None), options)
-    yield Record(conv.record_backward, (x, x, weight, None, None, None), ((True, True, False, False, False), *options))
+    needed = True, True, False, False, False
+    yield Record(conv.record_backward, (x, x, weight, None, None, None, None, None), (needed, *options))
 
 
 def around_attention(dtype, D):
