@@ -38,7 +38,6 @@ from torch._functorch import config as functorch_config
 from benchmarks import timing
 from benchmarks.results import markdown, measured_on, merge_rows, read_rows
 from flash_bla import linear_attention, simple_la
-from flash_bla.layers.rank_augmented import RankAugmentedLinearAttention
 from flash_bla.layers.rope import axial_rope
 from flash_bla.ops import focusing_power, signed_power
 
@@ -106,8 +105,6 @@ class Op(NamedTuple):
     rope: bool = False
 
 
-RALA = RankAugmentedLinearAttention(dim=64, num_heads=1, device="meta")  # its `attend` has no parameters
-
 # Tensors that must at least move. Forward: q, k, v in, o out. Backward: q, k, v, do in, dq, dk, dv out.
 # focusing: its norms run over all heads. Where each head is a program of its own, k is read for the norm first, and
 # k and v once more for the norm's gradient. rala: a key's weight needs the mean of all queries (q once more), and the
@@ -123,7 +120,8 @@ OPS = {
                    PVT | SWIN, 5, 9, parameter=lambda u: 0.5 + u),
     "signed_power": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map=signed_power(x.parameter)),
                        PVT | SWIN, 4, 7, parameter=lambda u: 1 + 4 * u),
-    "rala": Op(lambda x: RALA.attend(x.q, x.k, x.v, x.rope), RAVLT, 5, 9, rope=True),
+    "rala": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map="elu1", key_weight="softmax", rope=x.rope),
+               RAVLT, 5, 9, rope=True),
 }  # fmt: skip
 
 

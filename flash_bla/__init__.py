@@ -10,7 +10,7 @@ from flash_bla.models import register_config
 from flash_bla.ops import (
     decoupled_la,
     linear_attention,
-    linear_attention_qkpacked,
+    linear_attention_dwc,
     linear_attention_qkvpacked,
     piecewise_sparse_attention,
     simple_la,
@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "decoupled_la",
     "linear_attention",
-    "linear_attention_qkpacked",
+    "linear_attention_dwc",
     "linear_attention_qkvpacked",
     "piecewise_sparse_attention",
     "register_config",

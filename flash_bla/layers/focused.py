@@ -10,8 +10,8 @@ from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.position import KeyPositionalEncoding
-from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
-from flash_bla.ops import focusing_power, linear_attention
+from flash_bla.layers.tokens import at_least_float32, head_width
+from flash_bla.ops import focusing_power, linear_attention_dwc
 
 
 @register_attention("focused")
@@ -71,15 +71,16 @@ class FocusedLinearAttention(KeyPositionalEncoding):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
         scale = F.softplus(at_least_float32(self.scale)).view(self.num_heads, -1)
-        o = linear_attention(
-            *(split_heads(y, self.num_heads) for y in (q, k, v)),
+        x = linear_attention_dwc(
+            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)),
+            grid,
+            *self.local_filters(),
             feature_map=focusing_power(scale, self.focusing_factor),
             key_encoding=self.encode_position(x, grid, self.num_heads),
         )
-        return self.proj_drop(self.proj(self.add_local_branch(merge_heads(o), v, grid)))
+        return self.proj_drop(self.proj(x))
 
-    def add_local_branch(self, x: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What goes to the projection, from the attention's output x."""
-        return self.dwc(v, grid, add=x)
+    def local_filters(self) -> tuple[Tensor, Tensor]:
+        """Filters and bias of the convolution beside the attention."""
+        return self.dwc.weight, self.dwc.bias

@@ -9,7 +9,7 @@ from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import head_width
-from flash_bla.ops import linear_attention_qkpacked
+from flash_bla.ops import linear_attention_dwc
 
 
 @register_attention("mlla")
@@ -49,10 +49,12 @@ class MambaLikeLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
-        o = linear_attention_qkpacked(
+        return linear_attention_dwc(
             self.qk(x).unflatten(-1, (2, self.num_heads, -1)),
-            x.unflatten(-1, (self.num_heads, -1)),
+            grid,
+            self.lepe.weight,
+            self.lepe.bias,
+            v=x.unflatten(-1, (self.num_heads, -1)),
             feature_map="elu1",
             rope=axial_rope(x, grid, x.shape[2], self.num_heads),
         )
-        return self.lepe(x, grid, add=o.flatten(2))

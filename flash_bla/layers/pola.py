@@ -10,8 +10,8 @@ from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.position import KeyPositionalEncoding
-from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, scale_outputs, split_heads
-from flash_bla.ops import linear_attention, signed_power
+from flash_bla.layers.tokens import at_least_float32, head_width, scale_outputs
+from flash_bla.ops import linear_attention_dwc, signed_power
 
 
 @register_attention("pola")
@@ -80,26 +80,29 @@ class PolaLinearAttention(KeyPositionalEncoding):
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
         encoding = self.encode_position(x, grid, self.num_heads)
         if self.scale is None:
-            q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)
+            x = self.qkvg(x)
         else:
             # Powers of products are products of powers: the queries' scale can be the keys', too.
             factor = self._key_factor()
-            q, k, v, gate = self._project(x, factor)
             encoding = encoding * factor.view(self.num_heads, 1, -1)
+            x = self._project(x, self._factor_of_all(factor))
         power = 1 + self.alpha * at_least_float32(self.power).sigmoid()[0, :, 0]
-        o = linear_attention(
-            *(split_heads(y, self.num_heads) for y in (q, k, v)),
+        x = linear_attention_dwc(
+            x.unflatten(-1, (4, self.num_heads, -1)),
+            grid,
+            self.dwc.weight,
+            self.dwc.bias,
             feature_map=signed_power(power),
             key_encoding=encoding,
         )
-        return self.proj_drop(self.proj(self.dwc(v, grid, add=merge_heads(o), gate=gate)))
+        return self.proj_drop(self.proj(x))
 
-    def _project(self, x: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
-        """q, k, v and the gate, the keys times a factor ``(C,)``."""
+    def _project(self, x: Tensor, factor: Tensor) -> Tensor:
+        """q, k, v and the gate, times a factor for each channel."""
         if type(self.qkvg) is Linear and type(self.qkvg.weight) is nn.Parameter:
-            return self.qkvg(x, self._factor_of_all(factor)).chunk(4, dim=-1)
-        q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)  # with LoRA's weights beside it, or quantised
-        return q, k * factor.to(k.dtype), v, gate
+            return self.qkvg(x, factor)
+        x = self.qkvg(x)  # with LoRA's weights beside it, or quantised
+        return x * factor.to(x.dtype)
 
     def fuse(self) -> None:
         """Folds the scale into the keys' projection and encoding, for ``fuse_for_inference``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,8 +9,9 @@ from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.rope import axial_rope
-from flash_bla.layers.tokens import at_least_float32, head_width, merge_heads, split_heads
-from flash_bla.ops import linear_attention
+from flash_bla.layers.tokens import at_least_float32, head_width
+from flash_bla.ops import linear_attention_dwc
+from flash_bla.ops.arguments import merge_heads
 from flash_bla.ops.reference import rotate
 
 
@@ -65,14 +65,14 @@ class RankAugmentedLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
-        q, k, v, gate = self.qkvo(x).chunk(4, dim=-1)
-        rope = axial_rope(x, grid, self.head_dim, endpoint=True)
-        o = self.attend(*(split_heads(y, self.num_heads) for y in (q, k, v)), rope)
-        return self.proj_drop(self.proj(self.lepe(v, grid, add=merge_heads(o), gate=gate)))
+        qkvg = self.qkvo(x).unflatten(-1, (4, self.num_heads, -1))
+        return self.proj_drop(self.proj(self.attend(qkvg, grid, axial_rope(x, grid, self.head_dim, endpoint=True))))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
-        """The attention itself, without its surroundings: q, k and v ``(B, H, N, D)`` to ``(B, H, N, D)``."""
-        return linear_attention(q, k, v, feature_map="elu1", key_weight="softmax", rope=rope)
+    def attend(self, qkvg: Tensor, grid: tuple[int, int], rope: Tensor) -> Tensor:
+        """From ``(B, N, 4, H, D)`` what is projected, ``(B, N, C)``."""
+        return linear_attention_dwc(
+            qkvg, grid, self.lepe.weight, self.lepe.bias, feature_map="elu1", key_weight="softmax", rope=rope
+        )
 
 
 @register_attention("rala_softmax")
@@ -87,7 +87,9 @@ class GatedSoftmaxAttention(RankAugmentedLinearAttention):
         Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", CVPR 2025.
     """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor) -> Tensor:
-        """The attention itself, without its surroundings: q, k and v ``(B, H, N, D)`` to ``(B, H, N, D)``."""
-        q, k = rotate(at_least_float32(torch.stack([q, k])), rope).to(v.dtype)  # together: fewer launches
-        return F.scaled_dot_product_attention(q, k, v)
+    def attend(self, qkvg: Tensor, grid: tuple[int, int], rope: Tensor) -> Tensor:
+        """From ``(B, N, 4, H, D)`` what is projected, ``(B, N, C)``."""
+        qk, v, gate = qkvg.split([2, 1, 1], dim=2)
+        q, k = rotate(at_least_float32(qk.permute(2, 0, 3, 1, 4)), rope).to(v.dtype)  # together: fewer launches
+        o = F.scaled_dot_product_attention(q, k, v.squeeze(2).transpose(1, 2))
+        return self.lepe(v.flatten(2), grid, add=merge_heads(o), gate=gate.flatten(2))

@@ -20,11 +20,6 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def merge_heads(x: Tensor) -> Tensor:
-    """``(B, H, N, D)`` to ``(B, N, H·D)``."""
-    return x.transpose(1, 2).flatten(2)
-
-
 def count_prefix_tokens(x: Tensor, grid: tuple[int, int]) -> int:
     """How many of the tokens ``(B, N, C)`` stand before those of the grid, as class and register tokens do."""
     height, width = grid

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_bla.layers import DepthwiseConv, FocusedLinearAttention, LayerNorm, register_attention
@@ -69,9 +70,12 @@ class FocusedLePE(FocusedLinearAttention):
         )
         self.get_v = DepthwiseConv(dim, 3, device=device, dtype=dtype)
 
-    def add_local_branch(self, x: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What goes to the projection, from the attention's output x."""
-        return self.get_v(v, grid, add=super().add_local_branch(x, v, grid))
+    def local_filters(self) -> tuple[Tensor, Tensor]:
+        """Those of both convolutions: they are linear, so that one with the sum of their filters does."""
+        weight, bias = super().local_filters()
+        border = (weight.shape[2] - self.get_v.weight.shape[2]) // 2
+        weight = weight.repeat(self.num_heads, 1, 1, 1) + F.pad(self.get_v.weight, [border] * 4)
+        return weight, bias.repeat(self.num_heads) + self.get_v.bias
 
 
 class CSwinTransformer(HierarchicalBackbone):

@@ -7,7 +7,7 @@ from flash_bla.ops.linear import linear
 from flash_bla.ops.linear_attention import (
     decoupled_la,
     linear_attention,
-    linear_attention_qkpacked,
+    linear_attention_dwc,
     linear_attention_qkvpacked,
     simple_la,
     varlen_linear_attention,
@@ -23,7 +23,7 @@ __all__ = [
     "focusing_power",
     "linear",
     "linear_attention",
-    "linear_attention_qkpacked",
+    "linear_attention_dwc",
     "linear_attention_qkvpacked",
     "piecewise_sparse_attention",
     "signed_power",

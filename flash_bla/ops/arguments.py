@@ -75,8 +75,18 @@ def check_tensors(tensors: dict[str, Tensor], shape: str, ndim: int) -> None:
 
 
 def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
-    """q, k and v ``(B, H, N, D)``, of which the first may hold the next: all ``(B, N, 3, H, D)``, or q and k."""
+    """q, k and v ``(B, H, N, D)``, of which the first may hold the next: all, ``(B, N, 3 or more, H, D)``, or q and k."""
     return (q, k, v) if q.ndim == 4 else (*q.permute(2, 0, 3, 1, 4).unbind(0), v)[:3]
+
+
+def unpack_gate(q: Tensor) -> Tensor | None:
+    """The gate ``(B, N, H·D)`` that a packed q may hold behind the values."""
+    return q[:, :, 3].flatten(2) if q.ndim == 5 and q.shape[2] == 4 else None
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """``(B, H, N, D)`` to ``(B, N, H·D)``."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:

@@ -71,11 +71,11 @@ def depthwise_conv(
         (x,) = autocast(x)
     else:
         x, add, gate = autocast(x, add, gate)
-    H, W = _check_grid(grid)
+    H, W = check_grid(grid)
     arguments = x, weight, bias, add, gate, H, W, stride, residual, activation, input_activation
     if is_eager(x) and choose_backend(backend, x) == "triton":
-        return depthwise_conv_eager(arguments, _check)
-    _check(*arguments)
+        return depthwise_conv_eager(arguments, check_convolution)
+    check_convolution(*arguments)
     function = depthwise_conv_forward if choose_backend(backend, x) == "triton" else depthwise_conv_reference
     return function(*arguments)
 
@@ -105,7 +105,7 @@ def depthwise_conv_reference(
         return y.to(out_dtype)
 
 
-def _check_grid(grid: tuple[int, int]) -> tuple[int, int]:
+def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
     try:
         H, W = grid
     except (TypeError, ValueError) as error:
@@ -113,7 +113,7 @@ def _check_grid(grid: tuple[int, int]) -> tuple[int, int]:
     return H, W
 
 
-def _check(
+def check_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
     H: int, W: int, stride: int, residual: bool, activation: str | None, input_activation: str | None,
 ) -> None:  # fmt: skip

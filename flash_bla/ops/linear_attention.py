@@ -7,8 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_bla.ops import triton_linear_attention
-from flash_bla.ops.arguments import autocast, check_device, check_tensors, choose_backend, expect, unpack
+from flash_bla.ops import triton_linear_attention, triton_linear_attention_dwc
+from flash_bla.ops.arguments import (
+    autocast,
+    check_device,
+    check_tensors,
+    choose_backend,
+    expect,
+    merge_heads,
+    unpack,
+    unpack_gate,
+)
+from flash_bla.ops.depthwise_conv import check_convolution, check_grid, depthwise_conv_reference
 from flash_bla.ops.feature_maps import FeatureMap, resolve_feature_map
 from flash_bla.ops.reference import linear_attention_reference
 
@@ -97,30 +107,49 @@ def linear_attention_qkvpacked(qkv: Tensor, **options: Any) -> Tensor:
     return _attend(qkv, None, None, (B, H, N, N, D, D), **options).transpose(1, 2)
 
 
-def linear_attention_qkpacked(qk: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """As ``linear_attention_qkvpacked``, of queries and keys alone.
+def linear_attention_dwc(
+    qkv: Tensor, grid: tuple[int, int], weight: Tensor, bias: Tensor | None = None, *, v: Tensor | None = None,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    r"""Linear attention with a depthwise convolution of the values beside it, and a gate.
+
+    .. math:: y = (LA(q, k, v) + w \star v + b) \odot g
+
+    As ``depthwise_conv(v, grid, weight, bias, add=o, gate=g)`` of the attention's output o, of tokens that are one
+    tensor, as is then their gradient: autograd would add the two gradients of v, and copy all into one tensor.
 
     Args:
-        qk: ``(B, N, 2, H, D)``.
-        v: ``(B, N, H, Dv)``.
+        qkv: ``(B, N, 3, H, D)``; with a gate ``(B, N, 4, H, D)``; without values ``(B, N, 2, H, D)``.
+        grid: (H, W); the first N - H·W tokens are prefix tokens, for which the convolution gives zero.
+        weight: Filters ``(channels, 1, k, k)`` with k in 3, 5, 7; heads share them if there are fewer than H·D.
+        bias: ``(channels,)``.
+        v: Values ``(B, N, H, Dv)`` that stand elsewhere.
         **options: ``feature_map`` and all that follows it in ``linear_attention``.
 
     Returns:
-        ``(B, N, H, Dv)``; ``.flatten(2)`` copies nothing on CUDA.
+        ``(B, N, H·D)``.
 
     Raises:
-        ValueError, TypeError: As ``linear_attention``.
+        ValueError, TypeError: As ``linear_attention`` and ``depthwise_conv``.
     """
-    qk, v = autocast(qk, v)
-    check_tensors({"qk": qk}, "(B, N, 2, H, D)", ndim=5)
-    check_tensors({"v": v}, "(B, N, H, Dv)", ndim=4)
-    B, N, _, H, D = qk.shape
-    expect("qk", qk, (B, N, 2, H, D), "(B, N, 2, H, D)")
-    expect("v", v, (B, N, H, v.shape[3]), "(B, N, H, Dv) with B, N, H of qk")
-    check_device("v", v, qk)
-    if v.dtype != qk.dtype:
-        raise TypeError(f"v must have the dtype of qk, {qk.dtype}, got {v.dtype}")
-    return _attend(qk, None, v.transpose(1, 2), (B, H, N, N, D, v.shape[3]), **options).transpose(1, 2)
+    qkv, v = autocast(qkv, v)
+    wanted = "(B, N, 3 or 4, H, D)" if v is None else "(B, N, 2, H, D), beside v"
+    check_tensors({"qkv": qkv}, wanted, ndim=5)
+    B, N, parts, H, D = qkv.shape
+    if parts not in ((3, 4) if v is None else (2,)):
+        raise ValueError(f"qkv must have shape {wanted}, got {tuple(qkv.shape)}")
+    D_v = D
+    if v is not None:
+        check_tensors({"v": v}, "(B, N, H, Dv)", ndim=4)
+        D_v = v.shape[3]
+        expect("v", v, (B, N, H, D_v), "(B, N, H, Dv) with B, N, H of qkv")
+        check_device("v", v, qkv)
+        if v.dtype != qkv.dtype:
+            raise TypeError(f"v must have the dtype of qkv, {qkv.dtype}, got {v.dtype}")
+        v = v.transpose(1, 2)
+    grid = check_grid(grid)
+    check_convolution(merge_heads(unpack(qkv, None, v)[2]), weight, bias, None, None, *grid, 1, False, None, None)
+    return _attend(qkv, None, v, (B, H, N, N, D, D_v), (grid, weight, bias), **options)
 
 
 def simple_la(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, backend: str | None = None) -> Tensor:
@@ -227,11 +256,15 @@ def varlen_linear_attention(
 
 
 def _attend(
-    q: Tensor, k: Tensor | None, v: Tensor | None, sizes: tuple[int, ...], *, feature_map=None, key_weight=None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, sizes: tuple[int, ...], dwc: tuple | None = None, *,
+    feature_map=None, key_weight=None,
     key_encoding=None, rope=None, normalize: bool = True, scale: float | None = None, eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """The operator on q, k, v that ``unpack`` takes, of ``sizes`` (B, H, N, M, D, Dv); it checks what else there is."""
+    """The operator on q, k, v that ``unpack`` takes, of ``sizes`` (B, H, N, M, D, Dv); it checks what else there is.
+
+    ``dwc`` are grid, filters and bias of a convolution beside it.
+    """
     B, H, _, M, D, D_v = sizes
     feature_map = resolve_feature_map(feature_map)
     _check_feature_map(feature_map, q, H, D, D_v, rope)
@@ -246,14 +279,22 @@ def _attend(
         key_encoding = _expand("key_encoding", key_encoding, q, (H, M, D), "(H, M, D)")
     if rope is not None:
         _check_rope(rope, q, *sizes[1:5])
-    return _run(q, k, v, feature_map, backend, key_weight=key_weight, key_encoding=key_encoding, rope=rope,
+    return _run(q, k, v, feature_map, backend, dwc, key_weight=key_weight, key_encoding=key_encoding, rope=rope,
                 normalize=normalize, scale=scale, eps=eps)  # fmt: skip
 
 
-def _run(q, k, v, feature_map, backend, *, max_seqlen=None, **arguments) -> Tensor:
-    if choose_backend(backend, q) == "reference":
-        return linear_attention_reference(*unpack(q, k, v), feature_map, **arguments)
-    return triton_linear_attention.linear_attention(q, k, v, feature_map, max_seqlen=max_seqlen, **arguments)
+def _run(q, k, v, feature_map, backend, dwc=None, *, max_seqlen=None, **arguments) -> Tensor:
+    if choose_backend(backend, q) == "triton":
+        if dwc is not None:
+            return triton_linear_attention_dwc.linear_attention_dwc(q, v, *dwc, feature_map, **arguments)
+        return triton_linear_attention.linear_attention(q, k, v, feature_map, max_seqlen=max_seqlen, **arguments)
+    gate = unpack_gate(q)
+    q, k, v = unpack(q, k, v)
+    o = linear_attention_reference(q, k, v, feature_map, **arguments)
+    if dwc is None:
+        return o
+    grid, weight, bias = dwc
+    return depthwise_conv_reference(merge_heads(v), weight, bias, merge_heads(o), gate, *grid, 1, False, None, None)
 
 
 def _expand(name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:

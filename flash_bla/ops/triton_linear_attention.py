@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -291,15 +291,15 @@ def record_forward(
 
 
 def record_backward(
-    record: Record, do: Tensor, state: Tensor | None, ratios: Tensor | None, q: Tensor, k: Tensor | None,
-    v: Tensor | None, q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None,
-    key_weight: Tensor | None, key_encoding: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None,
-    options: tuple, keys: bool,
+    record: Record, do: Tensor, packed: Tensor | None, state: Tensor | None, ratios: Tensor | None, q: Tensor,
+    k: Tensor | None, v: Tensor | None, q_denominator: Tensor | None, k_denominator: Tensor | None,
+    parameter: Tensor | None, key_weight: Tensor | None, key_encoding: Tensor | None, rope: Tensor | None,
+    cu_seqlens: Tensor | None, options: tuple, keys: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v and denominators, terms of the parameter's, and gradients of the queries' and keys' weights.
 
-    Without ``keys`` those of the queries alone. Of the parameter's terms (terms, H, D) ``add_ratio_gradients`` is to
-    write the last ones, where there are norm ratios.
+    Without ``keys`` those of the queries alone. ``packed``, if given, is where that of packed inputs is written. Of the
+    parameter's terms (terms, H, D) ``add_ratio_gradients`` is to write the last ones, where there are norm ratios.
     """
     inputs = q, k, v
     q, k, v = unpack(*inputs)
@@ -307,7 +307,10 @@ def record_backward(
                  key_encoding, record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
     if _is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align:  # its strides are no part of the plan
         do = record.contiguous(do)
-    gradients = [p.empty_like(x) for x in (inputs if keys else (q, None, None))]
+    if packed is None:
+        gradients = [p.empty_like(x) for x in (inputs if keys else (q, None, None))]
+    else:
+        gradients = [packed, None, None]
     dq, dk, dv = unpack(*gradients)
     dqd = p.empty_like(q_denominator)
     dkd, dwk = (p.empty_like(x if keys else None) for x in (k_denominator, p.key_weight))
@@ -374,21 +377,21 @@ def _forward(tensors: Sequence[Tensor | None], options: tuple, keep_state: bool 
 
 def _backward(
     do: Tensor, state: Tensor | None, ratios: Tensor | None, keys: bool, tensors: Sequence[Tensor | None],
-    options: tuple,
+    options: tuple, packed: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of the first seven inputs of the forward operator; without ``keys`` those of the queries alone.
+    """Gradients of the first seven inputs of the forward operator; see ``record_backward``.
 
     The eighth's, the encoding's, is the sum over the sequences of the keys'.
     """
     tensors = _in_type_of_keys(tensors)
     parameter, key_weight, key_encoding = tensors[5:8]
     if ratios is None:
-        inputs = (do, state, None, *tensors)
+        inputs = (do, packed, state, None, *tensors)
     else:
         q, k, _ = unpack(*tensors[:3])
         key_ratios = ratios[:, None, q.shape[2] :]
         weight = None if key_weight is None else key_ratios * key_weight
-        inputs = (do, state, ratios, *tensors[:6], weight, *tensors[7:])
+        inputs = (do, packed, state, ratios, *tensors[:6], weight, *tensors[7:])
     dq, dk, dv, dqd, dkd, da, dwq, dwk = run(record_backward, inputs, (options, keys))
     if ratios is not None:
         dr = dwk if dwk is None or key_weight is None else dwk * key_weight
@@ -444,16 +447,14 @@ def _of_keys(ctx, q: Tensor) -> bool:
 def _differentiate(ctx, do, *_):
     *tensors, state, ratios = ctx.saved_tensors
     gradients = linear_attention_backward(do, state, ratios, _of_keys(ctx, tensors[0]), *tensors, *ctx.options)
-    de = _of_encoding(ctx, tensors, gradients)
+    de = encoding_gradient(tensors[7], gradients[:3]) if ctx.needs_input_grad[7] else None
     gradients = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
     return *gradients, de, *[None] * (2 + len(ctx.options))
 
 
-def _of_encoding(ctx, tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """The gradient of the keys' encoding, if it is needed."""
-    if not ctx.needs_input_grad[7]:
-        return None
-    return unpack(*gradients[:3])[1].sum(0, dtype=torch.float32).to(tensors[7].dtype)
+def encoding_gradient(key_encoding: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
+    """The gradient of the keys' encoding from those of q, k, v."""
+    return unpack(*gradients)[1].sum(0, dtype=torch.float32).to(key_encoding.dtype)
 
 
 linear_attention_forward = define_operator(
@@ -482,7 +483,8 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, do):
         *tensors, state, ratios = ctx.saved_tensors
         gradients = _backward(do, state, ratios, _of_keys(ctx, tensors[0]), tensors, ctx.options)
-        return *gradients, _of_encoding(ctx, tensors, gradients), None, None, None
+        de = encoding_gradient(tensors[7], gradients[:3]) if ctx.needs_input_grad[7] else None
+        return *gradients, de, None, None, None
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_forward)
@@ -502,7 +504,7 @@ def _backward_flops(do_shape, state_shape, ratios_shape, keys, *arguments, **_) 
     return 2 * _forward_flops(*arguments)
 
 
-def linear_attention(
+def operator_arguments(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
@@ -518,24 +520,33 @@ def linear_attention(
     eps: float = 1e-6,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-) -> Tensor:
-    """The operator on checked arguments; as ``linear_attention_reference``, but for q, k, v see ``unpack``."""
+) -> tuple[tuple[Tensor | None, ...], tuple]:
+    """Tensors and options of the forward operator, from checked arguments."""
     if rope is not None:  # bfloat16 needs no more than float16, and reads less
         rope = rope.to(torch.float16 if q.dtype == torch.bfloat16 else torch.float32)
     parameter = None if feature_map.parameter is None else feature_map.parameter.float()
     softmax = isinstance(key_weight, str)
     key_weight = key_weight.float() if isinstance(key_weight, Tensor) else None
     scale = None if scale is None else float(scale)
+    tensors = q, k, v, q_denominator, k_denominator, parameter, key_weight, key_encoding, rope, cu_seqlens
     options = max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, float(eps), softmax
+    return tensors, options
+
+
+def linear_attention(
+    q: Tensor, k: Tensor | None, v: Tensor | None, feature_map: FeatureMap, **arguments: Any
+) -> Tensor:
+    """The operator on checked arguments; as ``linear_attention_reference``, but for q, k, v see ``unpack``."""
+    tensors, options = operator_arguments(q, k, v, feature_map, **arguments)
     eager = is_eager(q)
 
-    def attend(q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-        tensors = q, k, v, q_denominator, k_denominator, parameter, key_weight, key_encoding, rope, cu_seqlens
+    def attend(*qkv: Tensor | None) -> Tensor:
+        inputs = (*qkv, *tensors[3:])
         if not eager:
-            return linear_attention_forward(*tensors, *options)[0]
-        if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors]):
-            return _Eager.apply(*tensors, options)
-        return _forward(tensors, options, keep_state=False)[0]  # no state for a backward pass that will not come
+            return linear_attention_forward(*inputs, *options)[0]
+        if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs]):
+            return _Eager.apply(*inputs, options)
+        return _forward(inputs, options, keep_state=False)[0]  # no state for a backward pass that will not come
 
     signs = 2 if feature_map.signed else 1
     widest = widest_values(q, signs)

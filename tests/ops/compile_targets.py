@@ -74,7 +74,7 @@ def linear(variant, dtype, D, N):
     ratios = x(B, 2 * N) if focusing else None
     do, state = x(B, N, H, v.shape[3], dtype=dtype).transpose(1, 2), x(B, H, 2, v.shape[3] + 3, D)
     yield Record(module.record_forward, (ratios, *tensors), (options, True))
-    yield Record(module.record_backward, (do, state, ratios, *tensors), (options, True))
+    yield Record(module.record_backward, (do, None, state, ratios, *tensors), (options, True))
     if focusing:
         yield Record(norm_ratios, (q, k, encoding, parameter), (3,))
         terms, dr = x(1000, H, D), x(B, H, N)
@@ -101,7 +101,7 @@ def depthwise_conv(dtype, D):
     options = 7, 8, 1, False, "gelu", None
     yield Record(conv.record_forward, (x, weight, None, None, None), options)
     needed = True, True, False, False, False
-    yield Record(conv.record_backward, (x, x, weight, None, None, None, None, None), (needed, *options))
+    yield Record(conv.record_backward, (x, x, weight, None, None, None, x, None), (needed, *options))
 
 
 def around_attention(dtype, D):

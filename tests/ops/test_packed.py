@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_bla import linear_attention, linear_attention_qkpacked, linear_attention_qkvpacked
+from flash_bla import linear_attention, linear_attention_qkvpacked
 from flash_bla.layers import create_attention
 from flash_bla.ops import focusing_power, signed_power
 from flash_bla.ops.triton_linear_attention import linear_attention_forward
@@ -16,40 +16,32 @@ pytest.importorskip("triton")
 NAMES = ["elu1", "elu1_rope_weighted", "elu1_rope_softmax", "focusing_power_encoded", "signed_power"]
 
 
-def packed(parts):
-    """``linear_attention`` by way of the packed functions."""
-
-    def call(q, k, v, **options):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if parts == 3:
-            return linear_attention_qkvpacked(torch.stack([q, k, v], dim=2), **options).transpose(1, 2)
-        return linear_attention_qkpacked(torch.stack([q, k], dim=2), v, **options).transpose(1, 2)
-
-    return call
+def packed(q, k, v, **options):
+    """``linear_attention`` by way of the packed function."""
+    qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)
+    return linear_attention_qkvpacked(qkv, **options).transpose(1, 2)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 20, 20, 16, 16), (1, 2, 150, 150, 24, 24)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("parts", [2, 3])
-def test_equals_three_tensors_bit_for_bit(parts, name, shape):
+def test_equals_three_tensors_bit_for_bit(name, shape):
     inputs = make_inputs(shape, VARIANTS[name], torch.bfloat16)
     leaves, rope, do = inputs
-    # with the same strides: a stack is what the packed functions get
+    # with the same strides: a stack is what the packed function gets
     leaves |= dict(zip("qkv", torch.stack([leaves[x] for x in "qkv"]).permute(1, 3, 0, 2, 4).contiguous()
                        .permute(2, 0, 3, 1, 4).unbind(0), strict=True))  # fmt: skip
     expected = forward_backward(linear_attention, VARIANTS[name], inputs, backend="triton")
-    results = forward_backward(packed(parts), VARIANTS[name], inputs, backend="triton")
+    results = forward_backward(packed, VARIANTS[name], inputs, backend="triton")
     assert all(torch.equal(results[key], expected[key]) for key in expected)
 
 
 # the last with values so wide that they are cut
 @pytest.mark.parametrize("shape", [(2, 3, 20, 20, 16, 16), (1, 1, 20, 20, 256, 256)], ids=str)
-@pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_equals_reference(backend, parts, shape):
+def test_equals_reference(backend, shape):
     inputs = make_inputs(shape, VARIANTS["elu1"], torch.float32)
     expected = forward_backward(linear_attention, VARIANTS["elu1"], inputs, torch.float64, backend="reference")
-    results = forward_backward(packed(parts), VARIANTS["elu1"], inputs, backend=backend)
+    results = forward_backward(packed, VARIANTS["elu1"], inputs, backend=backend)
     assert_close(results, expected, TOLERANCE[torch.float32])
 
 
@@ -77,8 +69,7 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# those of layers whose q, k and v (or q and k) go to the attention alone
-@pytest.mark.parametrize("name", ["linear", "mlla"])
+@pytest.mark.parametrize("name", ["linear", "focused", "pola", "mlla", "rala"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_layers_put_no_gradients_together(name, compiled, monkeypatch):
     monkeypatch.setenv("FLASH_BLA_BACKEND", "triton")
@@ -98,23 +89,21 @@ def test_layers_put_no_gradients_together(name, compiled, monkeypatch):
         y = attention(x, (3, 4)).sum()
         with calls:
             y.backward()
-    assert any("linear_attention_backward" in call for call in calls.names) == compiled
+    assert any("flash_bla.linear_attention" in call for call in calls.names) == compiled
     puts_together = ("aten.cat", "aten.stack", "aten.slice_backward", "aten.select_backward")
     assert calls.names and not [call for call in calls.names if call.startswith(puts_together)]
 
 
-@pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("name", ["elu1_rope_softmax", "focusing_power_encoded"])
-def test_opcheck(name, parts):
+def test_opcheck(name):
     variant = VARIANTS[name]
     leaves, rope, _ = make_inputs((1, 2, 20, 20, 16, 16), variant, torch.float32)
     leaves = {key: x.to(DEVICE) for key, x in leaves.items()}
     rope = None if rope is None else rope.to(DEVICE)
-    qkv = torch.stack([leaves[x].transpose(1, 2) for x in "qkv"], dim=2)[:, :, :parts].requires_grad_()
-    v = leaves["v"].requires_grad_() if parts == 2 else None
+    qkv = torch.stack([leaves[x].transpose(1, 2) for x in "qkv"], dim=2).requires_grad_()
     torch.library.opcheck(
         linear_attention_forward,
-        (qkv, None, v, None, None, leaves.get("parameter"), None, leaves.get("key_encoding"), rope, None, 0,
+        (qkv, None, None, None, None, leaves.get("parameter"), None, leaves.get("key_encoding"), rope, None, 0,
          variant.feature_map, 3, True, None, 1e-6, variant.softmax),
     )  # fmt: skip
 
@@ -125,7 +114,3 @@ def test_errors():
         linear_attention_qkvpacked(x[:, :, 0])
     with pytest.raises(ValueError, match=r"qkv must have shape .* got \(2, 8, 2, 4, 16\)"):
         linear_attention_qkvpacked(x[:, :, :2])
-    with pytest.raises(ValueError, match=r"v must have shape .* here \(2, 8, 4, 16\), got \(2, 7, 4, 16\)"):
-        linear_attention_qkpacked(x[:, :, :2], x[:, 1:, 2])
-    with pytest.raises(TypeError, match="v must have the dtype of qk, torch.float32, got torch.float16"):
-        linear_attention_qkpacked(x[:, :, :2], x[:, :, 2].half())
