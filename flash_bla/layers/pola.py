@@ -86,7 +86,7 @@ class PolaLinearAttention(KeyPositionalEncoding):
             factor = self._key_factor()
             encoding = encoding * factor.view(self.num_heads, 1, -1)
             x = self._project(x, self._factor_of_all(factor))
-        power = 1 + self.alpha * at_least_float32(self.power).sigmoid()[0, :, 0]
+        power = 1 + self.alpha * at_least_float32(self.power).sigmoid().view(self.num_heads, -1)
         x = linear_attention_dwc(
             x.unflatten(-1, (4, self.num_heads, -1)),
             grid,

@@ -97,7 +97,7 @@ class KeyPositionalEncoding(nn.Module):
         prefix = count_prefix_tokens(x, grid)
         if prefix:
             encoding = F.pad(encoding, (0, 0, prefix, 0))
-        return split_heads(encoding, num_heads)[0]
+        return split_heads(encoding, num_heads).squeeze(0)
 
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Resamples the parameter itself, so that calls with this grid need not."""

@@ -75,7 +75,7 @@ def check_tensors(tensors: dict[str, Tensor], shape: str, ndim: int) -> None:
 
 
 def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
-    """q, k and v ``(B, H, N, D)``, of which the first may hold the next: all, ``(B, N, 3 or more, H, D)``, or q and k."""
+    """q, k and v ``(B, H, N, D)``, of which the first may hold the next, as ``(B, N, 2 or more, H, D)``."""
     return (q, k, v) if q.ndim == 4 else (*q.permute(2, 0, 3, 1, 4).unbind(0), v)[:3]
 
 

@@ -73,7 +73,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_layers_put_no_gradients_together(name, compiled, monkeypatch):
     monkeypatch.setenv("FLASH_BLA_BACKEND", "triton")
-    attention = create_attention(name, 32, 2, device=DEVICE)
+    attention = create_attention(name, 32, 2, offer={"grid_size": (3, 4)}, device=DEVICE)
     x = torch.randn(2, 12, 32, device=DEVICE, requires_grad=True)
     calls = Calls()
 
