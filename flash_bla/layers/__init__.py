@@ -8,7 +8,7 @@ from flash_bla.layers.attention import (
 )
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.cross_window import CrossShapedWindowAttention
-from flash_bla.layers.dense import Linear, Mlp
+from flash_bla.layers.dense import Linear, Mlp, activate_linear
 from flash_bla.layers.focused import FocusedLinearAttention
 from flash_bla.layers.generalized_linear import GeneralizedLinearAttention
 from flash_bla.layers.linear import LinearAttention
@@ -37,6 +37,7 @@ __all__ = [
     "RankAugmentedLinearAttention",
     "SoftmaxAttention",
     "WindowAttention",
+    "activate_linear",
     "attention_options",
     "axial_rope",
     "check_attention_args",

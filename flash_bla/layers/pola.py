@@ -100,7 +100,7 @@ class PolaLinearAttention(KeyPositionalEncoding):
     def _project(self, x: Tensor, factor: Tensor) -> Tensor:
         """q, k, v and the gate, times a factor for each channel."""
         if type(self.qkvg) is Linear and type(self.qkvg.weight) is nn.Parameter:
-            return self.qkvg(x, factor)
+            return self.qkvg(x, factor=factor)
         x = self.qkvg(x)  # with LoRA's weights beside it, or quantised
         return x * factor.to(x.dtype)
 

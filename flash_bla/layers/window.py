@@ -15,7 +15,8 @@ from flash_bla.layers.attention import register_attention
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.position import resample_encoding, resample_entry
 from flash_bla.layers.tokens import count_prefix_tokens, head_width, split_heads
-from flash_bla.ops.arguments import merge_heads
+from flash_bla.ops.arguments import autocast_dtype, merge_heads
+from flash_bla.ops.triton_support import is_eager
 from flash_bla.tracing import is_exporting
 
 
@@ -112,29 +113,16 @@ class WindowAttention(nn.Module):
                 side // 2 if side < length else 0 for side, length in zip(self.window_size, grid, strict=True)
             )
         padded = tuple(length + -length % side for length, side in zip(grid, window, strict=True))
+        order, inverse, index, seam = _window_tables(x, grid, padded, window, shift, self.window_size)
 
-        x = x.unflatten(1, grid)
-        if any(shift):
-            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
-        if padded != tuple(grid):
-            x = F.pad(x, (0, 0, 0, padded[1] - width, 0, padded[0] - height))
-        x = split_windows(x, window)
+        x = _take(x, order, inverse).unflatten(1, (-1, window[0] * window[1])).flatten(0, 1)
         q, k, v = (split_heads(y, self.num_heads) for y in self.qkv(x).chunk(3, dim=-1))
-        x = F.scaled_dot_product_attention(
-            q, k, v, self._bias(q, padded, window, shift), dropout_p=self.attn_drop.p if self.training else 0.0
-        )
-        x = merge_windows(merge_heads(x), window, padded)[:, :height, :width]
-        if any(shift):
-            x = x.roll(shift, dims=(1, 2))
-        return self.proj_drop(self.proj(x.flatten(1, 2)))
-
-    def _bias(self, q: Tensor, padded: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-        """What is added to the scores of q ``(B·windows, heads, N, D)``; without a shift, the same in every window."""
-        index, apart = _window_tables(q, padded, window, shift, self.window_size)
         bias = self.relative_position_bias_table.to(q.dtype)[index].permute(2, 0, 1)[None]
-        if apart is not None:
-            bias = bias.masked_fill(apart[:, None], float("-inf")).repeat(q.shape[0] // apart.shape[0], 1, 1, 1)
-        return bias
+        if seam is not None:  # for each image the windows' own
+            bias = (bias + seam.expand(q.shape[0] // seam.shape[0], *seam.shape)).flatten(0, 1)
+        x = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=self.attn_drop.p if self.training else 0.0)
+        x = merge_heads(x).unflatten(0, (-1, padded[0] * padded[1] // x.shape[2])).flatten(1, 2)
+        return self.proj_drop(self.proj(_take(x, inverse, order)))
 
 
 def whole_grid(x: Tensor, grid: tuple[int, int]) -> tuple[int, int]:
@@ -172,21 +160,31 @@ def _resample_on_load(module: WindowAttention, state_dict: dict[str, Any], prefi
 
 
 def _window_tables(
-    x: Tensor, grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], table_window: tuple[int, int]
-) -> tuple[Tensor, Tensor | None]:
-    """Rows of the table for pairs of tokens ``(N, N)``, and which pairs of each window do not belong together
-    ``(windows, N, N)``, None without a shift; on x's device.
+    x: Tensor,
+    grid: tuple[int, int],
+    padded: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    table_window: tuple[int, int],
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """How the tokens of a grid fall into windows, on x's device.
 
     They are kept for the arguments of the last calls, but under ``torch.compile`` and ``torch.export``, where they
     become part of the graph.
+
+    Returns:
+        The tokens in the order of the windows of the shifted and padded map, with the number of tokens in the place of
+        the padding; the place of each token in it; None for both where they stay in their places. The rows of the table
+        for pairs of a window's tokens ``(N, N)``. What is added to the scores of each window ``(windows, 1, N, N)``,
+        -inf for pairs that do not belong together; None without a shift.
     """
-    arguments = grid, window, shift, table_window, x.device
+    arguments = tuple(grid), padded, window, shift, table_window, x.device, autocast_dtype(x)
     if torch.compiler.is_compiling() or type(x) is not Tensor:  # traced and fake tensors must not outlive their trace
         return _make_window_tables(*arguments)
     return _cached_window_tables(*arguments)
 
 
-def _make_window_tables(grid, window, shift, table_window, device) -> tuple[Tensor, Tensor | None]:
+def _make_window_tables(grid, padded, window, shift, table_window, device, dtype):
     # Offsets (h, h) and (w, w) of two tokens' rows and columns, counted from the table's first entry.
     dy, dx = (
         torch.arange(side, device=device)[:, None] - torch.arange(side, device=device) + table_side - 1
@@ -194,15 +192,51 @@ def _make_window_tables(grid, window, shift, table_window, device) -> tuple[Tens
     )
     index = dy[:, None, :, None] * _table_size(table_window)[1] + dx[:, None]
     index = index.flatten(2, 3).flatten(0, 1)
+    if window == grid:
+        return None, None, index, None
+    height, width = grid
+    token = torch.arange(height * width, device=device).unflatten(0, grid).roll((-shift[0], -shift[1]), dims=(0, 1))
+    token = F.pad(token, (0, padded[1] - width, 0, padded[0] - height), value=height * width)
+    place = torch.arange(padded[0] * padded[1], device=device).unflatten(0, (-1, window[0] * window[1]))
+    place = merge_windows(place, window, padded)[0, :height, :width].roll(shift, dims=(0, 1))
+    order, inverse = split_windows(token[None], window).flatten(), place.flatten()
     if not any(shift):
-        return index, None
+        return order, inverse, index, None
     # The seam: behind it are the rows and columns that came from the other end.
-    behind = [torch.arange(length, device=device) >= length - s for length, s in zip(grid, shift, strict=True)]
-    region = split_windows((2 * behind[0][:, None] + behind[1])[None], window)
-    return index, region[:, :, None] != region[:, None]
+    behind = [torch.arange(length, device=device) >= length - s for length, s in zip(padded, shift, strict=True)]
+    region = split_windows((2 * behind[0][:, None] + behind[1])[None], window)[:, None]
+    apart = region[..., None] != region[..., None, :]
+    return order, inverse, index, torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, -torch.inf)
 
 
 @lru_cache(maxsize=32)
-def _cached_window_tables(*arguments) -> tuple[Tensor, Tensor | None]:
+def _cached_window_tables(*arguments):
     with torch.inference_mode(False):  # tables first made for inference must serve training too
         return _make_window_tables(*arguments)
+
+
+def _take(x: Tensor, order: Tensor | None, inverse: Tensor | None) -> Tensor:
+    """Tokens ``(B, N, C)`` in another order, with zeros where that names token N."""
+    if order is None:
+        return x
+    if torch.compiler.is_compiling() or is_eager(x):
+        return _Take.apply(x, order, inverse)
+    return _select(x, order)
+
+
+class _Take(torch.autograd.Function):
+    """``_take``, whose gradient takes the tokens back; that of indexing would add up what comes to each place."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(order, inverse)
+        return _select(x, order)
+
+    @staticmethod
+    def backward(ctx, dy):
+        order, inverse = ctx.saved_tensors
+        return _Take.apply(dy, inverse, order), None, None
+
+
+def _select(x: Tensor, order: Tensor) -> Tensor:
+    return (F.pad(x, (0, 0, 0, 1)) if order.shape[0] > x.shape[1] else x).index_select(1, order)

@@ -290,12 +290,15 @@ def stage_grids(img_size: int | tuple[int, int], num_stages: int = 4) -> list[tu
     return [(-(-height // stride), -(-width // stride)) for stride in (STRIDE * 2**i for i in range(num_stages))]
 
 
+@register_notrace_function  # torch.fx must not trace into it: it branches on shapes
 def pad_to_multiple(x: Tensor, height: int, width: int | None = None) -> Tensor:
     """Pads maps ``(B, H, W, C)`` with zeros, below and on the right, to multiples of a height and a width."""
     width = width or height
-    # Without branches and negative numbers: torch.fx and torch.compile take it for any size.
+    # Without negative numbers: torch.compile takes it for any size.
     rows = (x.shape[1] + height - 1) // height * height - x.shape[1]
     columns = (x.shape[2] + width - 1) // width * width - x.shape[2]
+    if not is_exporting() and rows == 0 and columns == 0:
+        return x  # padding by nothing is a copy
     return F.pad(x, (0, 0, 0, columns, 0, rows))
 
 

@@ -6,18 +6,17 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import register_notrace_function, register_notrace_module
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, LayerNorm, Linear
+from flash_bla.layers import DepthwiseConv, LayerNorm, Linear, activate_linear
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
 from flash_bla.models.registry import Family
-from flash_bla.ops import linear, silu_gate
+from flash_bla.ops import linear
 
 NORM_EPS = 1e-5
-register_notrace_function(silu_gate)  # torch.fx must not trace into it: it asks for the type of tensors
 
 
 class ConvLayer(nn.Sequential):
@@ -148,7 +147,7 @@ class MambaLikeBlock(Block):
         y, x = self.norm1(x, residual=True)
         gate = self.act_proj(y)
         y = self.attn(self.dwc(self.in_proj(y), grid, activation="silu"), grid)
-        x = x + self.drop_path1(self.out_proj(silu_gate(y, gate)))
+        x = x + self.drop_path1(activate_linear(self.out_proj, y, gate=gate))
         y, x = self.norm2(self.cpe2(x, grid, residual=True), residual=True)
         return x + self.drop_path2(self.mlp(y))
 

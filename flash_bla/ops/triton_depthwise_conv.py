@@ -26,29 +26,70 @@ from flash_bla.ops.triton_support import (
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
+class _Way(NamedTuple):
+    """How a kernel works."""
+
+    columns: int  # of a strip
+    resident: int  # programs on a multiprocessor at a time
+    maxnreg: int | None
+
+
+# Candidates by the side of the filters and by what is computed, as the registers allow; measured on an H200. "fused" is
+# the forward pass with sums, gates or gradients, "sloped" the gradients with an activation of the input.
+_WAYS = {
+    3: {
+        "forward": (_Way(4, 5, None), _Way(7, 4, 128)),
+        "fused": (_Way(4, 5, None),),
+        "input": (_Way(4, 5, 96), _Way(7, 4, 128)),
+        "filters": (_Way(4, 4, 128), _Way(7, 3, 168)),
+        "both": (_Way(4, 3, 168), _Way(5, 3, 168)),
+        "sloped": (_Way(4, 2, None),),
+    },
+    5: {
+        "forward": (_Way(4, 3, None), _Way(7, 2, None)),
+        "fused": (_Way(4, 3, None),),
+        "input": (_Way(4, 3, 168), _Way(7, 2, None)),
+        "filters": (_Way(4, 3, 168), _Way(7, 2, None)),
+        "both": (_Way(4, 2, None),),
+        "sloped": (_Way(4, 2, None),),
+    },
+}
+_STRIDED = {
+    "forward": _Way(4, 3, None), "fused": _Way(4, 3, None), "input": _Way(4, 3, 168), "filters": _Way(4, 3, 168),
+    "both": _Way(4, 3, 168), "sloped": _Way(4, 2, None),
+}  # fmt: skip
+
+
+def _way(kind: str, kernel_size: int, stride: int, width: int) -> _Way:
+    """Of the candidates that with the fewest loads: a strip reads K - 1 columns besides its own."""
+    if kernel_size > 5:
+        return _Way(2, 3 if kind in ("forward", "fused") else 2, None)
+    if stride == 2:
+        return _WAYS[5]["both"][0] if kernel_size == 5 and kind == "both" else _STRIDED[kind]
+    ways = _WAYS[max(kernel_size, 3)][kind]
+    return min(ways, key=lambda way: cdiv(width, way.columns) * (way.columns + kernel_size - 1))
+
+
 class _Blocks(NamedTuple):
     """How a launch is cut."""
 
-    columns: int  # of a strip
     depth: int  # rows that a program walks down
     block_c: int
     strips: int
     programs: int  # on a block of channels
-    ahead: int
     places: int  # for programs on a block of channels at a time
 
 
 @lru_cache(maxsize=1024)
 def _blocks(
-    images: int, height: int, width: int, channels: int, kernel_size: int, resident: int, device: torch.device
+    images: int, height: int, width: int, channels: int, kernel_size: int, way: _Way, device: torch.device
 ) -> _Blocks:
-    """For a target of height x width, where so many programs are resident on a multiprocessor at a time."""
-    columns, ahead = (4, 2) if kernel_size < 7 else (2, 1)  # as the registers allow
-    # whole lines of 128 bytes in half precision, unless narrower blocks waste fewer channels; a thread holds two
-    block_c = min((64, 32, 16), key=lambda block: cdiv(channels, block) * block)
+    """For a target of height x width."""
+    # whole lines of 128 bytes in half precision, unless narrower blocks waste far fewer channels; a thread holds two
+    block_c = min((64, 32, 16), key=lambda block: max(cdiv(channels, block) * block, 1.05 * channels))
     strips = 256 // block_c
-    groups = cdiv(images * cdiv(width, columns), strips)
-    places = resident * multiprocessors(device)
+    groups = cdiv(images * cdiv(width, way.columns), strips)
+    places = way.resident * multiprocessors(device)
 
     def duration(segments: int) -> int:
         """In rows: each segment reads K - 1 rows of its neighbours again, and starting takes as long as some rows."""
@@ -57,7 +98,7 @@ def _blocks(
 
     depth = cdiv(height, min(range(1, max(1, height // kernel_size) + 1), key=duration))
     places = max(1, places // cdiv(channels, block_c))
-    return _Blocks(columns, depth, block_c, strips, groups * cdiv(height, depth), ahead, places)
+    return _Blocks(depth, block_c, strips, groups * cdiv(height, depth), places)
 
 
 class _Image(NamedTuple):
@@ -89,24 +130,24 @@ def _images(record: Record, x: Tensor, weight: Tensor, bias: Tensor | None, heig
 
 
 def _launch_on(
-    record: Record, image: _Image, kernel, resident: int, maxnreg: int | None, source: tuple[int, int],
-    target: tuple[int, int], tensors: dict[str, Tensor | None], programs: int | None = None, **options,
+    record: Record, image: _Image, kernel, way: _Way, source: tuple[int, int], target: tuple[int, int],
+    tensors: dict[str, Tensor | None], programs: int | None = None, **options,
 ) -> None:  # fmt: skip
     """Runs a kernel over an image, from a source to a target of these heights and widths."""
     if image.tokens is not None:
         tensors = {name: None if x is None else x[:, image.tokens] for name, x in tensors.items()}
     images, _, channels = next(x for x in tensors.values() if x is not None).shape
-    blocks = _blocks(images, *target, channels, image.kernel_size, resident, record.device)
+    blocks = _blocks(images, *target, channels, image.kernel_size, way, record.device)
     arguments = dict(
         images=images, height=source[0], width=source[1], out_height=target[0], out_width=target[1],
         channels=channels, filters_ptr=image.filters, filters=image.filters.shape[0], depth=blocks.depth,
-        K=image.kernel_size, COLUMNS=blocks.columns, STRIPS=blocks.strips, BLOCK_C=blocks.block_c, AHEAD=blocks.ahead,
-        **options,
+        K=image.kernel_size, COLUMNS=way.columns, STRIPS=blocks.strips, BLOCK_C=blocks.block_c,
+        AHEAD=1 if image.kernel_size == 7 else 2, **options,
     )  # fmt: skip
     for name, x in tensors.items():
         arguments |= {f"{name}_ptr": x, f"{name}_strides": (0, 0) if x is None else x.stride()[:2]}
     count = blocks.programs if programs is None else programs
-    record.launch(kernel, (count * cdiv(channels, blocks.block_c), 1, 1), arguments, maxnreg=maxnreg)
+    record.launch(kernel, (count * cdiv(channels, blocks.block_c), 1, 1), arguments, maxnreg=way.maxnreg)
 
 
 def _rows(record: Record, x: Tensor | None) -> Tensor | None:
@@ -144,10 +185,12 @@ def _launch_forward(
     input_activation: str | None,
 ) -> None:  # fmt: skip
     source = image.height, image.width
+    target = _output_size(*source, stride)
     value, derivative = ACTIVATIONS[activation]
+    fused = any(tensors[name] is not None for name in ("add", "gate", "dy"))
     _launch_on(
-        record, image, forward_kernel, 5 if image.kernel_size * stride <= 3 else 3, None, source,
-        _output_size(*source, stride), tensors, bias_ptr=image.bias, STRIDE=stride, RESIDUAL=residual,
+        record, image, forward_kernel, _way("fused" if fused else "forward", image.kernel_size, stride, target[1]),
+        source, target, tensors, bias_ptr=image.bias, STRIDE=stride, RESIDUAL=residual,
         INPUT=ACTIVATIONS[input_activation][0], ACTIVATION=value, DERIVATIVE=derivative,
     )  # fmt: skip
 
@@ -184,19 +227,19 @@ def record_backward(
         of_filters = of_filters and k > 1
         if dx is None and not of_filters:
             continue
-        # more programs at a time, if that many registers are enough
-        resident, maxnreg = (2, None) if k > 5 or sloped or (k == 5 and dx is not None and of_filters) else (3, 168)
+        kind = "input" if not of_filters else "filters" if dx is None else "both"
+        way = _way("sloped" if sloped else kind, k, stride, image.width)
         source = image.height, image.width
         partial = programs = None
         if of_filters:
             images, _, channels = x.shape
-            blocks = _blocks(images, *source, channels, k, resident, record.device)
+            blocks = _blocks(images, *source, channels, k, way, record.device)
             # each goes on until all is done: there are fewer shares to add
             programs = min(blocks.programs, blocks.places)
             partial = record.new_empty((programs, k * k + 1, channels), torch.float32)
         tensors = dict(dz=dz, x=x if of_filters or sloped else None, base=base, dx=dx)
         _launch_on(
-            record, image, gradient_kernel, resident, maxnreg, _output_size(*source, stride), source, tensors, programs,
+            record, image, gradient_kernel, way, _output_size(*source, stride), source, tensors, programs,
             partial_ptr=partial, STRIDE=stride, RESIDUAL=residual, INPUT=of_input,
             INPUT_DERIVATIVE=of_input_derivative if sloped else None,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flash_bla.ops import feature_maps
+from flash_bla.ops import triton_activations as activations
 from flash_bla.ops import triton_depthwise_conv as conv
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
@@ -24,8 +25,6 @@ from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios
 from flash_bla.ops.triton_support import Record, cdiv
 from flash_bla.ops.triton_tuning import widest_values
-
-silu_gate = sys.modules["flash_bla.ops.silu_gate"]  # the package has a function of that name
 
 # target and its shared memory per block, in KiB
 TARGETS = {
@@ -105,12 +104,13 @@ def depthwise_conv(dtype, D):
 
 
 def around_attention(dtype, D):
-    """Forward and backward pass of layer norm and gate, and the gradient of a bias."""
+    """Forward and backward pass of layer norm and activations, and the gradient of a bias."""
     x, weight = torch.empty((128, D), dtype=dtype, device="meta"), torch.empty(D, device="meta")
     yield Record(layer_norm.record_forward, (x, x, weight, weight), (1e-5, 0.01, dtype))
     yield Record(layer_norm.record_backward, (x, x, x, weight, weight), (1e-5, 0.01, True))
-    yield Record(silu_gate.record_forward, (x, x))
-    yield Record(silu_gate.record_backward, (x, x, x))
+    yield Record(activations.record_gate, (x, x))
+    yield Record(activations.record_gate_gradient, (x, x, x), (True,))
+    yield Record(activations.record_gelu_gradient, (x, x))
     yield Record(column_sums, (x,))
 
 

@@ -1,6 +1,7 @@
 """The linear layer of mixed-precision training against ``F.linear`` in float64."""
 
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -46,13 +47,55 @@ def test_mixed_precision(backend, shape, D, dtype):
         assert (results[3].double() - expected[3]).norm() <= 1e-6 * expected[3].norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gate"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_before(backend, activation, dtype):
+    leaves, dy = make_inputs((2, 50, 24), 40, dtype)
+    if activation == "gelu":
+        ours = lambda x, weight, bias: linear(x, weight, bias, gelu=True, backend=backend)  # noqa: E731
+        definition = lambda x, weight, bias: F.linear(F.gelu(x), weight, bias)  # noqa: E731
+    else:
+        leaves.append(4 * leaves[0].flip(1))
+        ours = lambda x, weight, bias, gate: linear(x, weight, bias, gate=gate, backend=backend)  # noqa: E731
+        definition = lambda x, weight, bias, gate: F.linear(x * gate * gate.sigmoid(), weight, bias)  # noqa: E731
+    with torch.autocast(DEVICE, torch.bfloat16):
+        results = forward_backward(ours, leaves, dy)
+    expected = forward_backward(definition, [x.double() for x in leaves], dy)
+    types = [torch.bfloat16, *(x.dtype for x in leaves)]
+    for got, want, type_ in zip(results, expected, types, strict=True):
+        assert got.dtype == type_ and (got.double() - want).norm() <= 1e-2 * want.norm()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("activation", ["gelu", "gate"])
+def test_what_the_activation_gives_is_not_kept(activation):
+    (x, weight, bias), dy = make_inputs((50, 24), 40, torch.bfloat16)
+    x.requires_grad_()
+    weight.requires_grad_()
+    option = dict(gelu=True) if activation == "gelu" else dict(gate=x)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.setdefault(y.data_ptr(), y), lambda y: y):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            linear(x, weight, bias, backend="triton", **option).backward(dy)
+    assert sorted(tuple(y.shape) for y in kept.values()) == [(40, 24), (50, 24)]  # the weight and x
+
+
+def test_gelu_and_gate_exclude_each_other():
+    (x, weight, bias), _ = make_inputs((3, 16), 8, torch.float32)
+    with pytest.raises(ValueError, match="gelu and gate exclude each other"):
+        linear(x, weight, bias, gelu=True, gate=x)
+    with pytest.raises(ValueError, match=r"gate must have shape that of x, here \(3, 16\), got \(3, 8\)"):
+        linear(x, weight, bias, gate=x[:, :8])
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_frozen_parameters():
     (x, weight, _), dy = make_inputs((3, 16), 8, torch.float32)
-    for of_x, of_weight in ((True, False), (False, True)):
+    for (of_x, of_weight), gelu in product(((True, False), (False, True)), (False, True)):
         leaves = x.detach().requires_grad_(of_x), weight.detach().requires_grad_(of_weight)
         with torch.autocast(DEVICE, torch.bfloat16):
-            linear(*leaves, backend="triton").backward(dy)
+            linear(*leaves, gelu=gelu, backend="triton").backward(dy)
         assert [leaf.grad is not None for leaf in leaves] == [of_x, of_weight]
 
 
