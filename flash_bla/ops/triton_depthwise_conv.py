@@ -237,10 +237,10 @@ def record_backward(
             # each goes on until all is done: there are fewer shares to add
             programs = min(blocks.programs, blocks.places)
             partial = record.new_empty((programs, k * k + 1, channels), torch.float32)
-        tensors = dict(dz=dz, x=x if of_filters or sloped else None, base=base, dx=dx)
+        tensors = dict(dz=dz, x=x if of_filters or sloped else None, dx=dx)
         _launch_on(
             record, image, gradient_kernel, way, _output_size(*source, stride), source, tensors, programs,
-            partial_ptr=partial, STRIDE=stride, RESIDUAL=residual, INPUT=of_input,
+            partial_ptr=partial, STRIDE=stride, RESIDUAL=residual, ADD=base is not None, INPUT=of_input,
             INPUT_DERIVATIVE=of_input_derivative if sloped else None,
         )  # fmt: skip
         if of_filters:

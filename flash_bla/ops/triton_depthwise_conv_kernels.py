@@ -111,12 +111,12 @@ def _fill(value, COUNT: tl.constexpr, STRIPS: tl.constexpr):
 
 
 @jit
-def _begin(bases, zero, COUNT: tl.constexpr, STRIPS: tl.constexpr):
-    """Sums to begin with: the first of ``bases``, if there are any, or zeros."""
-    if len(bases) == 0:
+def _begin(values, zero, COUNT: tl.constexpr, STRIPS: tl.constexpr):
+    """Sums to begin with: the values, if there are any, or zeros."""
+    if len(values) == 0:
         return _fill(zero, COUNT, STRIPS)
     else:
-        return _apply(_identity, bases[:COUNT])
+        return _apply(_identity, values)
 
 
 @jit
@@ -334,15 +334,15 @@ def forward_kernel(
 
 @jit(do_not_specialize=SIZES)
 def gradient_kernel(
-    dz_ptr, dz_strides, x_ptr, x_strides, filters_ptr, base_ptr, base_strides, dx_ptr, dx_strides, partial_ptr,
+    dz_ptr, dz_strides, x_ptr, x_strides, filters_ptr, dx_ptr, dx_strides, partial_ptr,
     images, height, width, out_height, out_width, channels, filters, depth,
-    K: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, INPUT: tl.constexpr, INPUT_DERIVATIVE: tl.constexpr,
-    COLUMNS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr, AHEAD: tl.constexpr,
+    K: tl.constexpr, STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, ADD: tl.constexpr, INPUT: tl.constexpr,
+    INPUT_DERIVATIVE: tl.constexpr, COLUMNS: tl.constexpr, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of z (the source) that of x (the target), and shares of those of the filters and of the bias.
 
-    ``base``, which may be what the gradient of x is written over, is added to it. partial (programs, K² + 1, C) takes
-    the shares, the bias's last.
+    With ``ADD`` that of x is added to what is there. partial (programs, K² + 1, C) takes the shares, the bias's last.
     """
     PAD: tl.constexpr = K // 2
     BEFORE: tl.constexpr = PAD // STRIDE
@@ -366,11 +366,12 @@ def gradient_kernel(
         begin = (tl.maximum(first - PAD, 0) + STRIDE - 1) // STRIDE
         end = (last - 1 + PAD) // STRIDE + 1
         bottom = tl.minimum(end, height)
-        raw, xs, queue, bases = (), (), (), ()
+        raw, xs, queue, sums = (), (), (), ()
         for r in tl.static_range(K - STRIDE):
             row = begin * STRIDE + (r - PAD)
             raw += _load_row(x_ptr, x_strides, strips, left, row, first, last, out_width, COLUMNS, 0)
-            bases += _load_row(base_ptr, base_strides, strips, left, row, first, last, out_width, COLUMNS, 0)
+            if ADD:
+                sums += _load_row(dx_ptr, dx_strides, strips, left, row, first, last, out_width, COLUMNS, 0)
         # of the K rows of x, the values that meet dz and, with an activation of the input, its slopes
         values, slopes = _apply(INPUT, raw), ()
         if INPUT_DERIVATIVE is not None:
@@ -379,11 +380,9 @@ def gradient_kernel(
             step = begin + ahead
             queue += _load_row(dz_ptr, dz_strides, strips, left // STRIDE, step, 0, bottom, width, WIDTH, BEFORE)
             xs += _load_rows(x_ptr, x_strides, strips, left, step, first, last, out_width, K, STRIDE, COLUMNS, 0)
-            bases += _load_rows(
-                base_ptr, base_strides, strips, left, step, first, last, out_width, K, STRIDE, COLUMNS, 0
-            )
-        sums = _begin(bases, zero, K * COLUMNS, STRIPS)
-        bases = bases[K * COLUMNS :]
+        if ADD:
+            sums += _load_rows(dx_ptr, dx_strides, strips, left, begin, first, last, out_width, K, STRIDE, COLUMNS, 0)
+        sums = _begin(sums, zero, K * COLUMNS, STRIPS)
         for steps in range(begin, end, AHEAD):
             for ahead in tl.static_range(AHEAD):
                 step = steps + ahead
@@ -407,14 +406,15 @@ def gradient_kernel(
                 )
                 rows = _load_rows(x_ptr, x_strides, strips, left, then, first, last, out_width, K, STRIDE, COLUMNS, 0)
                 xs = xs[len(rows) :] + rows
-                bases += _load_rows(
-                    base_ptr, base_strides, strips, left, then, first, last, out_width, K, STRIDE, COLUMNS, 0
-                )
+                new = ()
+                if ADD:
+                    new = _load_rows(
+                        dx_ptr, dx_strides, strips, left, step + 1, first, last, out_width, K, STRIDE, COLUMNS, 0
+                    )
                 for r in tl.static_range(STRIDE):
                     done = sums[r * COLUMNS : r * COLUMNS + COLUMNS]
                     _store_row(dx_ptr, dx_strides, strips, done, step * STRIDE + (r - PAD), first, last, out_width)
-                sums = sums[STRIDE * COLUMNS :] + _begin(bases, zero, STRIDE * COLUMNS, STRIPS)
-                bases = bases[STRIDE * COLUMNS :]
+                sums = sums[STRIDE * COLUMNS :] + _begin(new, zero, STRIDE * COLUMNS, STRIPS)
     if partial_ptr is not None:
         for tap in tl.static_range(K * K + 1):
             at = (program.to(tl.int64) * (K * K + 1) + tap) * channels + c
