@@ -35,19 +35,22 @@ class _Way(NamedTuple):
 
 
 # Candidates by the side of the filters and by what is computed, as the registers allow; measured on an H200. "fused" is
-# the forward pass with sums, gates or gradients, "sloped" the gradients with an activation of the input.
+# the forward pass with one more operand (a sum, a gate, a gradient), "gated" with several; "sloped" are the gradients
+# with an activation of the input.
 _WAYS = {
     3: {
         "forward": (_Way(4, 5, None), _Way(7, 4, 128)),
         "fused": (_Way(4, 5, None),),
+        "gated": (_Way(4, 5, None),),
         "input": (_Way(4, 5, 96), _Way(7, 4, 128)),
         "filters": (_Way(4, 4, 128), _Way(7, 3, 168)),
-        "both": (_Way(4, 3, 168), _Way(5, 3, 168)),
+        "both": (_Way(5, 3, 168), _Way(4, 4, 128)),
         "sloped": (_Way(4, 2, None),),
     },
     5: {
         "forward": (_Way(4, 3, None), _Way(7, 2, None)),
-        "fused": (_Way(4, 3, None),),
+        "fused": (_Way(4, 3, None), _Way(7, 2, None)),
+        "gated": (_Way(4, 3, None),),
         "input": (_Way(4, 3, 168), _Way(7, 2, None)),
         "filters": (_Way(4, 3, 168), _Way(7, 2, None)),
         "both": (_Way(4, 2, None),),
@@ -55,15 +58,15 @@ _WAYS = {
     },
 }
 _STRIDED = {
-    "forward": _Way(4, 3, None), "fused": _Way(4, 3, None), "input": _Way(4, 3, 168), "filters": _Way(4, 3, 168),
-    "both": _Way(4, 3, 168), "sloped": _Way(4, 2, None),
+    "forward": _Way(4, 3, None), "fused": _Way(4, 3, None), "gated": _Way(4, 3, None), "input": _Way(4, 3, 168),
+    "filters": _Way(4, 3, 168), "both": _Way(4, 3, 168), "sloped": _Way(4, 2, None),
 }  # fmt: skip
 
 
 def _way(kind: str, kernel_size: int, stride: int, width: int) -> _Way:
     """Of the candidates that with the fewest loads: a strip reads K - 1 columns besides its own."""
     if kernel_size > 5:
-        return _Way(2, 3 if kind in ("forward", "fused") else 2, None)
+        return _Way(2, 3 if kind in ("forward", "fused", "gated") else 2, None)
     if stride == 2:
         return _WAYS[5]["both"][0] if kernel_size == 5 and kind == "both" else _STRIDED[kind]
     ways = _WAYS[max(kernel_size, 3)][kind]
@@ -187,10 +190,11 @@ def _launch_forward(
     source = image.height, image.width
     target = _output_size(*source, stride)
     value, derivative = ACTIVATIONS[activation]
-    fused = any(tensors[name] is not None for name in ("add", "gate", "dy"))
+    others = sum(tensors[name] is not None for name in ("add", "gate", "dy"))
+    kind = ("forward", "fused", "gated")[min(others, 2)]
     _launch_on(
-        record, image, forward_kernel, _way("fused" if fused else "forward", image.kernel_size, stride, target[1]),
-        source, target, tensors, bias_ptr=image.bias, STRIDE=stride, RESIDUAL=residual,
+        record, image, forward_kernel, _way(kind, image.kernel_size, stride, target[1]), source, target, tensors,
+        bias_ptr=image.bias, STRIDE=stride, RESIDUAL=residual,
         INPUT=ACTIVATIONS[input_activation][0], ACTIVATION=value, DERIVATIVE=derivative,
     )  # fmt: skip
 

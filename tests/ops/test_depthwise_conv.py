@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from flash_bla.ops import depthwise_conv
+from flash_bla.ops import depthwise_conv, triton_depthwise_conv
 from flash_bla.ops.triton_support import HAS_TRITON, INTERPRETING
 from tests.ops.cases import DEVICE, TOLERANCE
 
@@ -324,3 +324,11 @@ X, W = torch.rand(2, 7, 8), torch.rand(4, 1, 3, 3)
 def test_errors(arguments, options, error, message):
     with pytest.raises(error, match=message):
         depthwise_conv(*arguments, **options)
+
+
+def test_strips_have_the_fewest_loads():
+    """Of 4 and 7 columns, or 4 and 5, that read K - 1 more."""
+    columns = lambda kind, k, *widths: [triton_depthwise_conv._way(kind, k, 1, width).columns for width in widths]  # noqa: E731
+    assert columns("forward", 3, 56, 28, 14, 7, 16, 4) == [7, 7, 7, 7, 4, 4]
+    assert columns("filters", 5, 56, 14, 7, 16) == [7, 7, 7, 4]
+    assert columns("both", 3, 56, 28, 14, 7) == [5, 5, 5, 4]
