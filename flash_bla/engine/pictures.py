@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flash_bla.engine.checkpoint import write_atomically
 from flash_bla.engine.logs import warn
+from flash_bla.ops import linear_attention, linear_attention_dwc
 
 # A training batch -----------------------------------------------------------------------------------------------------
 
@@ -256,7 +257,10 @@ def _attention_rows(module: nn.Module, x: Tensor, grid: tuple[int, int], place: 
                     row = torch.autograd.grad(v, steps, pulled * channels, retain_graph=True)[0][0]
                     rows.append(row / (moved * channels).square().sum())
     if not rows:
-        raise ValueError(f"{name} calls neither linear_attention nor scaled_dot_product_attention with its tokens")
+        raise ValueError(
+            f"{name} calls none of linear_attention, linear_attention_qkvpacked, "
+            "linear_attention_dwc and scaled_dot_product_attention with its tokens"
+        )
     return torch.stack(rows), streams
 
 
@@ -278,13 +282,28 @@ def _recorded_operators(attention: nn.Module) -> Iterator[list[tuple[Tensor, Ten
 
         return call
 
+    def recorded_packed(operator):
+        attend = recorded(linear_attention)
+
+        def call(qkv, *_, v=None, **options):
+            q, k, *others = qkv.transpose(1, 3).unbind(2)
+            o = attend(q, k, others[0] if v is None else v.transpose(1, 2), **options).transpose(1, 2)
+            return o.flatten(2) if operator is linear_attention_dwc else o  # what the convolution adds plays no part
+
+        return call
+
     # Attentions find linear_attention among the names of their file, and the other operator in F.
     methods = [value for cls in type(attention).__mro__ for value in vars(cls).values() if isfunction(value)]
     namespaces = {id(method.__globals__): method.__globals__ for method in methods} | {id(vars(F)): vars(F)}
-    names = ("linear_attention", "scaled_dot_product_attention")
-    replaced = [(space, name, space[name]) for space in namespaces.values() for name in names if name in space]
+    recorders = {
+        "linear_attention": recorded,
+        "linear_attention_dwc": recorded_packed,
+        "linear_attention_qkvpacked": recorded_packed,
+        "scaled_dot_product_attention": recorded,
+    }
+    replaced = [(space, name, space[name]) for space in namespaces.values() for name in recorders if name in space]
     for space, name, operator in replaced:
-        space[name] = recorded(operator)
+        space[name] = recorders[name](operator)
     try:
         yield calls
     finally:

@@ -203,7 +203,7 @@ def test_what_cannot_be_shown_is_an_error():
     with pytest.raises(ValueError, match=r"model.eval\(\)"):
         attention_map(model.train(), image)
     model.eval().blocks[0].attn.forward = lambda x, grid: x
-    with pytest.raises(ValueError, match="calls neither"):
+    with pytest.raises(ValueError, match="calls none of linear_attention"):
         attention_map(model, image, 0)
 
 
