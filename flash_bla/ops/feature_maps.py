@@ -196,29 +196,25 @@ def _signed_power(x, parameter, exponent):
 
 
 @jit
-def _log2_magnitude(x):
-    return tl.maximum(fast_log2(tl.abs(x)), -1e30)  # its products with 0 are 0
-
-
-@jit
 def _less_one(a):
     return tl.maximum(a - 1.0, 1e-7)  # so that |x|^(a - 1) is 0 at 0 for a = 1, too
 
 
 @jit
 def _signed_power_triton(x, a, P: tl.constexpr):
-    return x * tl.exp2(_less_one(a) * _log2_magnitude(x))
+    return x * tl.exp2(_less_one(a) * fast_log2(tl.abs(x)))
 
 
 @jit
 def _signed_power_dx(x, phi, a, P: tl.constexpr):
-    power = tl.exp2(_less_one(a) * _log2_magnitude(x))
+    power = tl.exp2(_less_one(a) * fast_log2(tl.abs(x)))
     return _less_one(a) * power + power
 
 
 @jit
 def _signed_power_da(x, phi, a, P: tl.constexpr):
-    return _log2_magnitude(x) * phi  # log 2 is left to the kernels
+    # times the derivative by x; log 2 and 1 / a are left to the kernels; the maximum's product with 0 is 0
+    return tl.maximum(fast_log2(tl.abs(x)), -1e30) * x
 
 
 FEATURE_MAPS = {

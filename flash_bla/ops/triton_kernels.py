@@ -22,10 +22,7 @@ Heads narrower than a tile share one: GROUP heads stand side by side in its colu
 of two, so that whole cache lines are read, and their states are the diagonal blocks of one matrix whose other blocks
 are zero.
 
-``signed_power`` has features of two signs, φ(x) and φ(-x) ("SIGNED"). The first half of the values' columns sees
-[φ(q), φ(-q)], the second half [φ(-q), φ(q)]. So o = φ(q) S₊ + φ(-q) S₋, where S₊ holds the sums over φ(k) in the first
-half of its columns and those over φ(-k) in the second, and S₋ the others. Registers cannot hold what the queries'
-gradients and the sums dS need at a time: each has a launch of its own (``query_gradient_kernel``).
+``signed_power`` has loops of its own: triton_signed.py.
 
 An encoding of the keys' places, the same for all sequences, is added to them before their feature map.
 
@@ -49,7 +46,7 @@ results: where layouts differ, the compiler computes features once for each.
 from __future__ import annotations
 
 from flash_bla.ops.triton_loops import differentiate_keys, differentiate_queries, sum_keys, write_output
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, share, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, prefetch, share, tl
 from flash_bla.ops.triton_tiles import (
     _by_head,
     _by_sixteenth,
@@ -60,6 +57,8 @@ from flash_bla.ops.triton_tiles import (
     _load_state,
     _next,
     _place,
+    _split_at,
+    _start,
     _state_rows,
     _store_state,
     _sum_query_splits,
@@ -84,11 +83,16 @@ def _store_parameter_gradient(da_ptr, at, head, heads, da, C: tl.constexpr):
     tl.store(da_ptr + (at + h) * C.D + channel, da, mask=exists)
 
 
+PREFETCH: tl.constexpr = tl.constexpr(int(__import__("os").environ.get("PREFETCH", "0")))
+
+
 @jit
-def _split_at(sequence, heads, C: tl.constexpr):
-    """Where the heads of a sequence begin among those of all splits."""
-    sequences = tl.num_programs(0) // tl.cdiv(heads, C.GROUP)
-    return (tl.program_id(1) * sequences.to(tl.int64) + sequence) * heads
+def _prefetch_rows(pointer, strides, batch, head, first, count, C: tl.constexpr):
+    """The first line of each row, which is all of it where the group's heads have 128 bytes."""
+    pointer = _start(pointer, strides, batch, head, first)
+    for start in range(0, count, 128):
+        n = tl.minimum(start + tl.arange(0, 128), count - 1)
+        prefetch(pointer + n.to(tl.int64) * strides[2])
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -132,12 +136,12 @@ def state_kernel(
     if C.SOFTMAX:
         mean = _sum_query_splits(query_sum_ptr, sequence * heads + head, query_splits, head, heads, C)
         mean = mean[None, :] * _softmax_scale(query_length, C.D)
-    plus, minus, z_plus, z_minus, logarithm = sum_keys(
+    plus, z_plus, logarithm = sum_keys(
         k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, mean, batch, head, heads, first, begin, end, count, scale, PHI, PAD, OPERAND, PRECISION, C,
     )  # fmt: skip
     at = _split_at(sequence, heads, C) + head
-    _store_state(state_ptr, at, head, heads, plus, minus, z_plus, z_minus, C)
+    _store_state(state_ptr, at, head, heads, plus, z_plus, C)
     if C.SOFTMAX:
         h = tl.arange(0, C.GROUP)[None, :]
         tl.store(state_ptr + ((at + h + 1) * _state_rows(C) - 1) * C.D, logarithm, mask=head + h < heads)
@@ -200,10 +204,10 @@ def output_kernel(
     """The output for one split of the queries."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    plus, minus, z_plus, z_minus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
+    plus, z_plus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
     write_output(
         q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-        rope_strides, plus, minus, z_plus, z_minus, batch, head, heads, first, begin, end, eps,
+        rope_strides, plus, z_plus, batch, head, heads, first, begin, end, eps,
         PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
 
@@ -216,17 +220,23 @@ def forward_kernel(
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The whole forward pass of a sequence; without a state_ptr the backward pass will sum the keys again."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    if PREFETCH > 0:
+        _prefetch_rows(q_ptr, q_strides, batch, head, first, count, C)
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    plus, minus, z_plus, z_minus, _ = sum_keys(
+    if PREFETCH > 1:
+        _prefetch_rows(k_ptr, k_strides, batch, head, first, count, C)
+        _prefetch_rows(v_ptr, v_strides, batch, head, first, count, C)
+    plus, z_plus, _ = sum_keys(
         k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND, PRECISION, C,
     )  # fmt: skip
     if state_ptr is not None:
-        _store_state(state_ptr, sequence * heads + head, head, heads, plus, minus, z_plus, z_minus, C)
+        _store_state(state_ptr, sequence * heads + head, head, heads, plus, z_plus, C)
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     write_output(
         q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-        rope_strides, plus, minus, z_plus, z_minus, batch, head, heads, first, 0, count, eps,
+        rope_strides, plus, z_plus, batch, head, heads, first, 0, count, eps,
         PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
 
@@ -235,16 +245,16 @@ def forward_kernel(
 def query_gradient_kernel(
     q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr, rope_strides,
     cu_seqlens, state_ptr, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides,
-    d_state_ptr, mean_ptr, d_mean_ptr, da_ptr, query_length, heads, splits, eps,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
+    d_state_ptr, mean_ptr, d_mean_ptr, query_length, heads, splits, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one split of the queries, its sums for the keys' gradients, and the values' mean."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
-    plus, minus, z_plus, z_minus = _load_state(state_ptr, at, head, heads, C)
-    plus, minus, mean = _center(plus, minus, z_plus, z_minus, C)
+    plus, z_plus = _load_state(state_ptr, at, head, heads, C)
+    plus, mean = _center(plus, z_plus, C)
     d_mean = 0.0
     if C.SOFTMAX and GRADIENT:
         d_mean = _sum_query_splits(d_mean_ptr, at, splits, head, heads, C)[None, :]
@@ -253,17 +263,13 @@ def query_gradient_kernel(
         if tl.program_id(1) == 0:
             hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
             tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
-    d_plus, d_minus, dz_plus, dz_minus, da = differentiate_queries(
+    d_plus, dz_plus = differentiate_queries(
         q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-        rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus,
-        z_minus, mean, d_mean, batch, head, heads, first, begin, end, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION,
-        C, SUMS, GRADIENT,
+        rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, z_plus,
+        mean, d_mean, batch, head, heads, first, begin, end, eps, PHI, PHI_DX, OPERAND, PRECISION, C, SUMS, GRADIENT,
     )  # fmt: skip
-    at = _split_at(sequence, heads, C) + head
     if SUMS:
-        _store_state(d_state_ptr, at, head, heads, d_plus, d_minus, dz_plus, dz_minus, C)
-    if C.SIGNED and GRADIENT:
-        _store_parameter_gradient(da_ptr, at, head, heads, da, C)
+        _store_state(d_state_ptr, _split_at(sequence, heads, C) + head, head, heads, d_plus, dz_plus, C)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -271,37 +277,34 @@ def key_gradient_kernel(
     k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
     rope_strides, cu_seqlens, state_ptr, d_state_ptr, mean_ptr, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr,
     dv_strides, dwk_ptr, dwk_strides, d_mean_ptr, da_ptr, key_length, heads, scale,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one split of the keys and values, and its sums for the gradient of the queries' mean."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
-    d_plus, d_minus, dz_plus, dz_minus = _load_state(d_state_ptr, at, head, heads, C)
+    d_plus, dz_plus = _load_state(d_state_ptr, at, head, heads, C)
     hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     mean = tl.load(mean_ptr + (at + hv) * C.DV + c, mask=exists, other=0.0)
     query_mean, logarithm, average = 0.0, 0.0, 0.0
-    if C.SOFTMAX or C.PARAMETER and not C.SIGNED:
-        plus, minus, z_plus, z_minus = _load_state(state_ptr, at, head, heads, C)
-        plus, _, _ = _center(plus, minus, z_plus, z_minus, C)
-    if C.PARAMETER and not C.SIGNED and tl.program_id(1) == 0:
+    if C.SOFTMAX or C.PARAMETER:
+        plus, z_plus = _load_state(state_ptr, at, head, heads, C)
+        plus, _ = _center(plus, z_plus, C)
+    if C.PARAMETER and tl.program_id(1) == 0:
         da = _scale_gradient(a_ptr, plus, z_plus, d_plus, dz_plus, head, heads, C)
         _store_parameter_gradient(da_ptr, at, head, heads, da, C)
     if C.SOFTMAX:
         query_mean, logarithm = _load_softmax(state_ptr, at, head, heads, C)
         rounded = d_plus.to(OPERAND).to(tl.float32)  # as the keys' gradients take it
         average = _by_head((tl.sum(plus * rounded, 0) + z_plus * dz_plus)[None, :], C)
-    da, d_mean = differentiate_keys(
+    d_mean = differentiate_keys(
         k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
-        d_plus, d_minus, dz_plus, dz_minus, mean, query_mean, logarithm, average, batch, head, heads, first, begin, end,
-        count, scale, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+        d_plus, dz_plus, mean, query_mean, logarithm, average, batch, head, heads, first, begin, end,
+        count, scale, PHI, PHI_DX, OPERAND, PRECISION, C,
     )  # fmt: skip
-    at = _split_at(sequence, heads, C) + head
-    if C.SIGNED:
-        _store_parameter_gradient(da_ptr, at, head, heads, da, C)
     if C.SOFTMAX:
+        at = _split_at(sequence, heads, C) + head
         h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
         tl.store(d_mean_ptr + (at + h) * C.D + d, d_mean, mask=exists)
 
@@ -312,35 +315,40 @@ def backward_kernel(
     do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, wk_ptr, wk_strides, rope_ptr, rope_strides, cu_seqlens, state_ptr,
     dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr,
     dv_strides, dwk_ptr, dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The whole backward pass of a sequence."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    if PREFETCH > 0:
+        _prefetch_rows(q_ptr, q_strides, batch, head, first, count, C)
+        _prefetch_rows(do_ptr, do_strides, batch, head, first, count, C)
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+    if PREFETCH > 1:
+        _prefetch_rows(k_ptr, k_strides, batch, head, first, count, C)
+        _prefetch_rows(v_ptr, v_strides, batch, head, first, count, C)
     if state_ptr is None:
-        plus, minus, z_plus, z_minus, _ = sum_keys(
+        plus, z_plus, _ = sum_keys(
             k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
             rope_ptr, rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND,
             PRECISION, C,
         )  # fmt: skip
     else:
-        plus, minus, z_plus, z_minus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
-    plus, minus, mean = _center(plus, minus, z_plus, z_minus, C)
+        plus, z_plus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
+    plus, mean = _center(plus, z_plus, C)
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    d_plus, d_minus, dz_plus, dz_minus, da = differentiate_queries(
+    d_plus, dz_plus = differentiate_queries(
         q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-        rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, minus, z_plus, z_minus,
-        mean, 0.0, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C, True, True,
+        rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, z_plus,
+        mean, 0.0, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, OPERAND, PRECISION, C, True, True,
     )  # fmt: skip
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    da_keys, _ = differentiate_keys(
+    differentiate_keys(
         k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
-        d_plus, d_minus, dz_plus, dz_minus, mean, 0.0, 0.0, 0.0, batch, head, heads, first, 0, count, count, scale,
-        PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+        d_plus, dz_plus, mean, 0.0, 0.0, 0.0, batch, head, heads, first, 0, count, count, scale,
+        PHI, PHI_DX, OPERAND, PRECISION, C,
     )  # fmt: skip
     if C.PARAMETER:
-        da += da_keys
-        if not C.SIGNED:
-            da = _scale_gradient(a_ptr, plus, z_plus, d_plus, dz_plus, head, heads, C)
+        da = _scale_gradient(a_ptr, plus, z_plus, d_plus, dz_plus, head, heads, C)
         _store_parameter_gradient(da_ptr, sequence * heads + head, head, heads, da, C)

@@ -24,6 +24,15 @@ from flash_bla.ops.triton_kernels import (
     state_kernel,
 )
 from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, encoding_strides, norm_ratios, ratio_gradient_programs
+from flash_bla.ops.triton_signed import (
+    signed_backward_kernel,
+    signed_forward_kernel,
+    signed_key_kernel,
+    signed_output_kernel,
+    signed_query_kernel,
+    signed_state_kernel,
+    signed_sum_kernel,
+)
 from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
 from flash_bla.ops.triton_support import (
     Record,
@@ -87,7 +96,17 @@ class _Problem(NamedTuple):
     @property
     def sums_keys_again(self) -> bool:
         """Whether the backward pass does: the state would be about as large as keys and values are."""
+        if self.signs == 2:
+            return self.whole_signed
         return self.short and not self.softmax and self.longest <= 2 * self.q.shape[3]
+
+    @property
+    def whole_signed(self) -> bool:
+        """Whether one launch a direction is fastest for signed powers."""
+        return (
+            self.signs == 2 and self.cu_seqlens is None and self.longest <= 256 and self.q.dtype == torch.bfloat16
+            and max(self.q.shape[3], self.v.shape[3]) <= 64
+        )  # fmt: skip
 
     @property
     def single(self) -> bool:
@@ -260,6 +279,13 @@ def _merge(partial: Tensor, query_sums: Tensor, p: _Problem) -> Tensor:
     return state
 
 
+def _row_numbers(p: _Problem) -> dict:
+    """Memory for the four numbers of each row of signed powers; its strides are multiples of 16 for any length."""
+    B, H, N, _ = p.q.shape
+    rows = 16 * cdiv(N, 16)
+    return dict(rows_ptr=p.new_empty(4, B, H, rows), rows_strides=(H * rows, rows, 1, B * H * rows))
+
+
 def record_forward(
     record: Record, ratios: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None,
     q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None,
@@ -273,6 +299,9 @@ def record_forward(
     if p.single:
         _launch(single_forward_kernel, p, arguments)
         return o, None
+    if p.whole_signed:
+        _launch(signed_forward_kernel, p, arguments)
+        return o, None
     if _fits(forward_kernel, p):
         state = p.saved_state() if keep_state else None
         _launch(forward_kernel, p, arguments | dict(state_ptr=state))
@@ -282,11 +311,12 @@ def record_forward(
         query_sums = p.new_empty(query_splits, *p.q.shape[:2], p.q.shape[3])
         arguments |= dict(query_sum_ptr=query_sums, query_splits=query_splits)
         _launch(query_sum_kernel, p, arguments, query_splits)
-    splits = _split(state_kernel, p, p.k.shape[2])
+    sums, output = (state_kernel, output_kernel) if p.signs == 1 else (signed_state_kernel, signed_output_kernel)
+    splits = _split(sums, p, p.k.shape[2])
     state = p.empty_state(splits)
-    _launch(state_kernel, p, arguments | dict(state_ptr=state), splits)
+    _launch(sums, p, arguments | dict(state_ptr=state), splits)
     state = _merge(state, query_sums, p) if p.softmax else _reduce(record, state)
-    _launch(output_kernel, p, arguments | dict(state_ptr=state), _split(output_kernel, p, p.q.shape[2]))
+    _launch(output, p, arguments | dict(state_ptr=state), _split(output, p, p.q.shape[2]))
     return o, state if keep_state and not p.sums_keys_again else None
 
 
@@ -318,10 +348,12 @@ def record_backward(
     dwq = p.empty_like(p.query_weight)
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
-    whole = p.single or keys and _fits(backward_kernel, p)
-    apart = keys and (p.softmax or p.signs == 2)  # the queries' gradients are a launch after their sums
-    query_splits = 1 if whole else _split(query_gradient_kernel, p, q.shape[2])
-    key_splits = _split(key_gradient_kernel, p, k.shape[2]) if keys and not whole else 0
+    signed_whole = p.whole_signed and keys
+    whole = p.single or signed_whole or keys and _fits(backward_kernel, p)
+    signed = p.signs == 2
+    query_splits = 1 if whole else _split(signed_query_kernel if signed else query_gradient_kernel, p, q.shape[2])
+    key_kernel = signed_key_kernel if signed else key_gradient_kernel
+    key_splits = _split(key_kernel, p, k.shape[2]) if keys and not whole else 0
     da = da_queries = da_keys = None
     if parameter is not None:
         # rows of queries and keys or, if their terms all come by the ratios, of those
@@ -333,23 +365,36 @@ def record_backward(
         da_queries, da_keys = da[: rows[0]], da[rows[0] :]
     if whole:
         arguments |= dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries)
-        _launch(single_backward_kernel if p.single else backward_kernel, p, arguments)
+        if signed_whole and not p.single:
+            arguments |= _row_numbers(p)
+        kernel = single_backward_kernel if p.single else signed_backward_kernel if signed_whole else backward_kernel
+        _launch(kernel, p, arguments)
         return *gradients, dqd, dkd, da, dwq, dwk
     if p.sums_keys_again:
         state = p.empty_state(1)[0]
-        _launch(state_kernel, p, arguments | dict(state_ptr=state))
-    d_state = p.empty_state(query_splits) if keys else None
+        _launch(signed_state_kernel if signed else state_kernel, p, arguments | dict(state_ptr=state))
+    d_state = p.empty_state(query_splits) if keys or signed else None
     arguments |= dict(
         state_ptr=state, d_state_ptr=d_state, da_ptr=da_queries,
         mean_ptr=p.new_empty(p.sequences, q.shape[1], v.shape[3]), d_mean_ptr=None, splits=key_splits,
     )  # fmt: skip
     if p.softmax:
         arguments["d_mean_ptr"] = p.new_empty(key_splits, *q.shape[:2], q.shape[3])
-    _launch(query_gradient_kernel, p, arguments | dict(SUMS=keys, GRADIENT=not apart), query_splits)
+    if signed:
+        arguments |= _row_numbers(p)
+        _launch(signed_sum_kernel, p, arguments, query_splits)
+        _launch(signed_query_kernel, p, arguments, query_splits)
+        if keys:
+            arguments |= dict(d_state_ptr=_reduce(record, d_state), da_ptr=da_keys)
+            _launch(signed_key_kernel, p, arguments, key_splits)
+        return *gradients, dqd, dkd, da, dwq, dwk
+    else:
+        apart = keys and p.softmax  # the keys' weights depend on all queries
+        _launch(query_gradient_kernel, p, arguments | dict(SUMS=keys, GRADIENT=not apart), query_splits)
     if keys:
         outputs = dict(d_state_ptr=_reduce(record, d_state), da_ptr=da_queries if focusing else da_keys)
         _launch(key_gradient_kernel, p, arguments | outputs, key_splits)
-    if apart:  # registers cannot hold both, or the keys' weights depend on all queries
+    if keys and p.softmax:
         _launch(query_gradient_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
     return *gradients, dqd, dkd, da, dwq, dwk
 

@@ -12,8 +12,6 @@ from flash_bla.ops.triton_tiles import (
     _by_eighth,
     _by_head,
     _columns,
-    _features_backward,
-    _first_half,
     _identity,
     _load_factor,
     _load_parameter,
@@ -21,20 +19,11 @@ from flash_bla.ops.triton_tiles import (
     _load_weight,
     _mask_heads,
     _next,
-    _of_sign,
-    _operands,
-    _repeated,
-    _signed_denominators,
-    _signed_operand,
-    _signed_vector_operands,
-    _signs,
     _start,
     _store_weight,
     _sum_eighths,
-    _swap_halves,
     _tile,
     _times_factor,
-    _times_halves,
     _to_columns,
     _to_product_layout,
     _turn,
@@ -52,7 +41,7 @@ def sum_keys(
     rope_strides, mean, batch, head, heads, first, begin, end, count, scale,
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """S₊, S₋ = s Σ φ(±k)ᵀ v and z₊, z₋ = Σ φ̃(±k) / M over the rows from ``begin`` to ``end``.
+    """S = s Σ φ(k)ᵀ v and z = Σ φ̃(k) / M over the rows from ``begin`` to ``end``.
 
     With ``SOFTMAX`` a key's weight is M softmax(mean · φ(k)), of which the rows' share of the sums is known: S, z, and
     the logarithm of the share, to base 2. ``mean`` is (1, BLOCK_D), the weights' logarithm to base 2.
@@ -71,10 +60,7 @@ def sum_keys(
         rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
     a = _load_parameter(a_ptr, head, heads, C)
     plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
-    minus = _zeros(C.BLOCK_DV, C.BLOCK_D)
-    Z_ROWS: tl.constexpr = 64 if C.FEW else 16
-    z_plus = _zeros(Z_ROWS, C.BLOCK_D)
-    z_minus = _zeros(Z_ROWS, C.BLOCK_D)
+    z_plus = _zeros(16, C.BLOCK_D)
     maximum = _zeros(1, C.GROUP) - 1e30
     total = _zeros(C.BLOCK_N, C.GROUP)
 
@@ -88,13 +74,11 @@ def sum_keys(
             k += tl.load(e_ptr + e_tile, mask=mask, other=0.0).to(tl.float32)
             e_ptr = _next(e_ptr, e_strides, C)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
-        phi_plus, phi_minus = _signs(PHI(k, a, C.EXPONENT), C)
+        phi = PHI(k, a, C.EXPONENT)
         if C.KEY_WEIGHT:
-            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
-            phi_plus *= w
-            phi_minus *= w
+            phi *= _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
         if C.SOFTMAX:  # sums so far are of exponentials of less a maximum that may have grown
-            scores = tl.where(inside[:, None], _by_head(phi_plus * mean, C), float("-inf"))
+            scores = tl.where(inside[:, None], _by_head(phi * mean, C), float("-inf"))
             larger = tl.maximum(maximum, tl.max(scores, 0)[None, :])
             fade = tl.exp2(maximum - larger)
             w = tl.exp2(scores - larger)
@@ -102,29 +86,24 @@ def sum_keys(
             fade = _to_columns(fade, C)
             plus *= fade
             z_plus *= fade
-            phi_plus *= _to_columns(w, C)
+            phi *= _to_columns(w, C)
         if C.DECOUPLED:
             kd = tl.load(kd_ptr + kd_tile, mask=mask, other=0.0).to(tl.float32)
-            z_plus = _add_rows(z_plus, kd, OPERAND, PRECISION, C)
+            z_plus = _add_rows(z_plus, kd, OPERAND, C)
         elif C.NORMALIZE:
-            z_plus = _add_rows(z_plus, phi_plus, OPERAND, PRECISION, C)
+            z_plus = _add_rows(z_plus, phi, OPERAND, C)
         if C.ROPE:
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, None, OPERAND, C)
             rope_ptr = _next(rope_ptr, rope_strides, C)
-            phi_plus = _turn(phi_plus, cos, sin, C)
-        plus = tl.dot(tl.trans(v), phi_plus.to(OPERAND), plus, input_precision=PRECISION)
-        if C.SIGNED:
-            z_minus = _add_rows(z_minus, phi_minus, OPERAND, PRECISION, C)
-            minus = tl.dot(tl.trans(v), phi_minus.to(OPERAND), minus, input_precision=PRECISION)
+            phi = _turn(phi, cos, sin, C)
+        plus = tl.dot(tl.trans(v), phi.to(OPERAND), plus, input_precision=PRECISION)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         if C.DECOUPLED:
             kd_ptr = _next(kd_ptr, kd_strides, C)
         if C.KEY_WEIGHT:
             wk_ptr = _next(wk_ptr, wk_strides, C)
 
-    z_plus, z_minus = tl.sum(z_plus, 0), tl.sum(z_minus, 0)
-    if C.FEW:  # all rows are the same
-        z_plus, z_minus = z_plus / 64, z_minus / 64
+    z_plus = tl.sum(z_plus, 0)
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
         scale = one
@@ -135,15 +114,14 @@ def sum_keys(
         plus *= total
         z_plus *= tl.sum(total, 0)
         scale, one = scale / one, 1.0
-    plus, minus = _swap_halves(_mask_heads(plus * scale, C), _mask_heads(minus * scale, C), C)
-    plus, z_plus = _times_factor(plus, z_plus * one, _load_factor(a_ptr, head, heads, C), C)
-    return plus, minus, z_plus, z_minus * one, maximum
+    plus, z_plus = _times_factor(_mask_heads(plus * scale, C), z_plus * one, _load_factor(a_ptr, head, heads, C), C)
+    return plus, z_plus, maximum
 
 
 @jit
 def write_output(
     q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, rope_ptr, rope_strides,
-    plus, minus, z_plus, z_minus, batch, head, heads, first, begin, end, eps,
+    plus, z_plus, batch, head, heads, first, begin, end, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """o = φ(q) S / (φ̃(q) · z + ε)."""
@@ -162,10 +140,7 @@ def write_output(
     a = _load_parameter(a_ptr, head, heads, C)
     plus, z_plus = _times_factor(plus, z_plus, _load_factor(a_ptr, head, heads, C), C)
     plus = tl.trans(plus.to(OPERAND))
-    if C.SIGNED:
-        minus = tl.trans(minus.to(OPERAND))
-        z = _signed_vector_operands(z_plus, z_minus, OPERAND, C)
-    elif C.NORMALIZE:
+    if C.NORMALIZE:
         z = _vector_operand(z_plus, C.BLOCK_D, OPERAND, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
 
@@ -174,7 +149,7 @@ def write_output(
         inside = n < end
         mask = inside[:, None] & exists[None, :]
         q = tl.load(q_ptr + q_tile, mask=mask, other=0.0)
-        if C.SIGNED or C.ROPE or C.PARAMETER:  # features are used twice
+        if C.ROPE or C.PARAMETER:  # features are used twice
             q = _to_product_layout(q, identity, OPERAND)
         phi = PHI(q.to(tl.float32), a, C.EXPONENT)
         least = eps
@@ -191,13 +166,8 @@ def write_output(
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
             rope_ptr = _next(rope_ptr, rope_strides, C)
             turned = _turn(phi, cos, sin, C)
-        phi_plus, phi_minus = _operands(turned, None, OPERAND, C)
-        o = tl.dot(phi_plus, plus, input_precision=PRECISION)
-        if C.SIGNED:
-            o = tl.dot(phi_minus, minus, o, input_precision=PRECISION)
-            first_half, second_half = _signed_denominators(phi_plus, phi_minus, z, eps, PRECISION, C)
-            o = _times_halves(o, 1.0 / first_half, 1.0 / second_half, C)
-        elif C.NORMALIZE:
+        o = tl.dot(turned.to(OPERAND), plus, input_precision=PRECISION)
+        if C.NORMALIZE:
             denominator = phi.to(OPERAND)
             if C.DECOUPLED:
                 denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(OPERAND)
@@ -212,11 +182,11 @@ def write_output(
 def differentiate_queries(
     q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides,
     rope_ptr, rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides,
-    plus, minus, z_plus, z_minus, mean, d_mean, batch, head, heads, first, begin, end, eps,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
+    plus, z_plus, mean, d_mean, batch, head, heads, first, begin, end, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the queries' gradients, and returns dS₊, dS₋, dz₊, dz₋ and the gradient of the map's parameter.
+    """Writes the queries' gradients, and returns dS and dz.
 
     ``SUMS`` or ``GRADIENT`` alone does without what only the other needs. ``d_mean`` is added to φ(q)'s gradients.
     """
@@ -239,26 +209,17 @@ def differentiate_queries(
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     plus, z_plus = _times_factor(plus, z_plus, factor, C)
     plus = plus.to(OPERAND)
-    if C.SIGNED:
-        minus = minus.to(OPERAND)
-        identity_v = _identity(C.BLOCK_DV, OPERAND, OPERAND)
-        z = _signed_vector_operands(z_plus, z_minus, OPERAND, C)
-        z_minus = z_minus[None, :]
-        negative_mean = _vector_operand(-eps * mean, C.BLOCK_DV, OPERAND, C)
-    elif C.CENTER:
+    if C.CENTER:
         mean_operand = _vector_operand(mean, C.BLOCK_DV, OPERAND, C)
     # What z adds as a product saves registers, where they are short and shared memory can hold z.
-    BY_PRODUCT: tl.constexpr = (C.SIGNED or C.QUERY_WEIGHT and C.NORMALIZE and not C.DECOUPLED) and C.BLOCK_D <= 128
-    if BY_PRODUCT and not C.SIGNED:
+    BY_PRODUCT: tl.constexpr = C.QUERY_WEIGHT and C.NORMALIZE and not C.DECOUPLED and C.BLOCK_D <= 128
+    if BY_PRODUCT:
         z = _vector_operand(z_plus, C.BLOCK_D, OPERAND, C)
     z_plus = z_plus[None, :]
     # A weight counts by its logarithm's gradient, ε do · o / (φ̃(q) · z + ε)², where that is more than rounding.
     LEAST: tl.constexpr = 0.0 if q_ptr.dtype.element_ty == tl.float32 else 2.0**-12
     d_plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
-    d_minus = _zeros(C.BLOCK_DV, C.BLOCK_D)
     dz_plus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
-    dz_minus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
-    da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
     for start in range(begin, end, C.BLOCK_N):
         n = start + tl.arange(0, C.BLOCK_N)
@@ -276,8 +237,7 @@ def differentiate_queries(
             else:
                 phi *= _to_columns(w, C)
         turned = phi
-        if not C.SIGNED:
-            d_phi = tl.dot(do, plus, input_precision=PRECISION)
+        d_phi = tl.dot(do, plus, input_precision=PRECISION)
         if C.ROPE:
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
             rope_ptr = _next(rope_ptr, rope_strides, C)
@@ -286,41 +246,7 @@ def differentiate_queries(
             if GRADIENT:
                 d_phi = _turn(d_phi, cos, -sin, C)
 
-        if C.SIGNED:
-            # the two halves of the values' columns have denominators of their own: dn itself is needed
-            one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
-            phi_plus, phi_minus = _operands(phi, None, OPERAND, C)
-            first_half, second_half = _signed_denominators(phi_plus, phi_minus, z, one, PRECISION, C)
-            dn = _to_product_layout(do, identity_v, OPERAND)
-            dn = _times_halves(dn, 1.0 / first_half, 1.0 / second_half, C)
-            dn_operand = dn.to(OPERAND)
-            if SUMS:
-                d_plus = tl.dot(tl.trans(dn_operand), phi_plus, d_plus, input_precision=PRECISION)
-                d_minus = tl.dot(tl.trans(dn_operand), phi_minus, d_minus, input_precision=PRECISION)
-            o = _repeated(negative_mean, PRECISION, C)
-            o = tl.dot(phi_plus, tl.trans(plus), o, input_precision=PRECISION)
-            o = tl.dot(phi_minus, tl.trans(minus), o, input_precision=PRECISION)
-            weights = o * dn
-            is_first = _first_half(C)[None, :]
-            weight, other = _both_by_head(tl.where(is_first, weights, 0.0), tl.where(is_first, 0.0, weights), C)
-            weight, other = -weight / first_half, -other / second_half
-            if GRADIENT:
-                if BY_PRODUCT:
-                    operand = _signed_operand(weight, other, OPERAND, C)
-                    d_phi = tl.dot(operand, tl.trans(z[0]), input_precision=PRECISION)
-                    d_phi_minus = tl.dot(operand, tl.trans(z[1]), input_precision=PRECISION)
-                else:
-                    equal, opposite = _to_columns(weight, C), _to_columns(other, C)
-                    d_phi = equal * z_plus + opposite * z_minus
-                    d_phi_minus = equal * z_minus + opposite * z_plus
-                d_phi = tl.dot(dn_operand, plus, d_phi, input_precision=PRECISION)
-                d_phi_minus = tl.dot(dn_operand, minus, d_phi_minus, input_precision=PRECISION)
-                d_phi = _of_sign(q, d_phi, d_phi_minus)
-            if SUMS:
-                weight, other = _to_columns(weight, C), _to_columns(other, C)
-                dz_plus += _by_eighth((weight + other) * tl.abs(phi), C)  # of z₊ + z₋
-                dz_minus += _by_eighth((weight - other) * phi, C)  # of z₊ - z₋
-        elif C.NORMALIZE:
+        if C.NORMALIZE:
             denominator = phi
             if C.DECOUPLED:
                 denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(tl.float32)
@@ -353,7 +279,7 @@ def differentiate_queries(
         if GRADIENT:
             if C.DECOUPLED:
                 tl.store(dqd_ptr + dqd_tile, (weight * z_plus).to(dqd_ptr.dtype.element_ty), mask=mask)
-            elif C.NORMALIZE and not C.SIGNED and not BY_PRODUCT:
+            elif C.NORMALIZE and not BY_PRODUCT:
                 d_phi += weight * z_plus
             if C.SOFTMAX:
                 d_phi += d_mean
@@ -362,9 +288,7 @@ def differentiate_queries(
                     dw = _by_head(d_phi * phi, C)
                     d_phi *= _to_columns(w, C)
                 _store_weight(dwq_ptr, dwq_strides, head, heads, inside, dw, C)
-            dq, da_rows = _features_backward(q, a, unweighted, d_phi, PHI_DX, PHI_DA, C)
-            if C.SIGNED:
-                da += _by_eighth(da_rows, C)  # zero where there is no row
+            dq = d_phi * PHI_DX(q, unweighted, a, C.EXPONENT)
             tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=mask)
         q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
         if C.DECOUPLED:
@@ -372,29 +296,24 @@ def differentiate_queries(
         if C.QUERY_WEIGHT:
             wq_ptr, dwq_ptr = _next(wq_ptr, wq_strides, C), _next(dwq_ptr, dwq_strides, C)
 
-    dz_plus, dz_minus, da = _sum_eighths(dz_plus), _sum_eighths(dz_minus), _sum_eighths(da)
+    dz_plus = _sum_eighths(dz_plus)
     if C.GROUP * C.D < C.BLOCK_D:  # φ need not be zero in columns that do not exist
-        d_plus, d_minus = tl.where(exists[None, :], d_plus, 0.0), tl.where(exists[None, :], d_minus, 0.0)
-        dz_plus, dz_minus = tl.where(exists, dz_plus, 0.0), tl.where(exists, dz_minus, 0.0)
-    if C.SIGNED:
-        dz_plus, dz_minus = 0.5 * (dz_plus + dz_minus), 0.5 * (dz_plus - dz_minus)
-        da *= 0.6931471805599453
+        d_plus, dz_plus = tl.where(exists[None, :], d_plus, 0.0), tl.where(exists, dz_plus, 0.0)
     d_plus, dz_plus = _times_factor(d_plus, dz_plus, factor, C)
-    return _mask_heads(d_plus, C), _mask_heads(d_minus, C), dz_plus, dz_minus, da
+    return _mask_heads(d_plus, C), dz_plus
 
 
 @jit
 def differentiate_keys(
     k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
     rope_ptr, rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
-    d_plus, d_minus, dz_plus, dz_minus, mean, query_mean, logarithm, average, batch, head, heads, first, begin, end,
+    d_plus, dz_plus, mean, query_mean, logarithm, average, batch, head, heads, first, begin, end,
     count, scale,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradients of keys and values, and returns those of the map's parameter and of the queries' mean.
+    """Writes the gradients of keys and values, and returns that of the queries' mean.
 
-    The latter belong to ``SOFTMAX``, as do the mean itself and the exponentials' logarithm (see ``sum_keys``), and the
+    The latter belongs to ``SOFTMAX``, as do the mean itself and the exponentials' logarithm (see ``sum_keys``), and the
     average of the weights' gradients.
     """
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
@@ -418,21 +337,14 @@ def differentiate_keys(
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
         if not C.SOFTMAX:
-            d_plus, d_minus, dz_plus, dz_minus = d_plus * one, d_minus * one, dz_plus * one, dz_minus * one
+            d_plus, dz_plus = d_plus * one, dz_plus * one
         scale, one = 1.0, 1.0
     elif C.SOFTMAX:
         scale, one = scale / one, 1.0
-    d_plus, d_minus = _swap_halves(d_plus, d_minus, C)
     d_plus, dz_plus = _times_factor(d_plus, dz_plus, _load_factor(a_ptr, head, heads, C), C)
     d_plus = d_plus.to(OPERAND)
     # (v - m) dSᵀ = v dSᵀ - m dSᵀ with the same rounded dS: the mean cancels although v enters the product as it is
     dz_plus = ((dz_plus - tl.sum(mean[:, None] * d_plus.to(tl.float32), 0)) * one)[None, :]
-    if C.SIGNED:
-        d_minus = d_minus.to(OPERAND)
-        dz_minus = (dz_minus - tl.sum(mean[:, None] * d_minus.to(tl.float32), 0)) * one
-        dz_plus = _vector_operand(tl.reshape(dz_plus, C.BLOCK_D), C.BLOCK_D, OPERAND, C)
-        dz_minus = _vector_operand(dz_minus, C.BLOCK_D, OPERAND, C)
-    da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     d_mean = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
     for start in range(begin, end, C.BLOCK_N):
@@ -456,25 +368,18 @@ def differentiate_keys(
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
             rope_ptr = _next(rope_ptr, rope_strides, C)
             turned = _turn(phi, cos, sin, C)
-        phi_plus, phi_minus = _operands(turned, w, OPERAND, C)
-        dv = tl.dot(phi_plus, tl.trans(d_plus), input_precision=PRECISION)
-        if C.SIGNED:
-            dv = tl.dot(phi_minus, tl.trans(d_minus), dv, input_precision=PRECISION)
+        operand = (turned if w is None else turned * w).to(OPERAND)
+        dv = tl.dot(operand, tl.trans(d_plus), input_precision=PRECISION)
         tl.store(dv_ptr + dv_tile, (dv * scale).to(dv_ptr.dtype.element_ty), mask=v_mask)
-        if C.SIGNED:
-            d_phi = tl.dot(v, d_plus, _repeated(dz_plus, PRECISION, C), input_precision=PRECISION)
-            d_phi_minus = tl.dot(v, d_minus, _repeated(dz_minus, PRECISION, C), input_precision=PRECISION)
-            d_phi = _of_sign(k, d_phi, d_phi_minus)
-        else:
-            d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
+        d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
         if C.SOFTMAX:  # of rounded features as S is, or what is left of its difference from the average were rounding
-            dw = d_phi * phi_plus.to(tl.float32)
+            dw = d_phi * operand.to(tl.float32)
         if C.ROPE:
             d_phi = _turn(d_phi, cos, -sin, C)
         if C.DECOUPLED:
             d_denominator = tl.broadcast_to(dz_plus, C.BLOCK_N, C.BLOCK_D)
             tl.store(dkd_ptr + dkd_tile, d_denominator.to(dkd_ptr.dtype.element_ty), mask=mask)
-        elif C.NORMALIZE and not C.SIGNED:
+        elif C.NORMALIZE:
             d_phi += dz_plus
             if C.SOFTMAX:
                 dw += dz_plus * (phi * w)
@@ -485,9 +390,7 @@ def differentiate_keys(
             ds = _to_columns(_by_head(dw, C), C) - w * _to_columns(average, C)
             d_mean += _by_eighth(ds * phi, C)
             d_phi = d_phi * w + ds * (query_mean * 0.6931471805599453)
-        dk, da_rows = _features_backward(k, a, phi, d_phi, PHI_DX, PHI_DA, C)
-        if C.SIGNED:
-            da += _by_eighth(da_rows, C)
+        dk = d_phi * PHI_DX(k, phi, a, C.EXPONENT)
         tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=mask)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
@@ -496,7 +399,4 @@ def differentiate_keys(
         if C.KEY_WEIGHT:
             wk_ptr, dwk_ptr = _next(wk_ptr, wk_strides, C), _next(dwk_ptr, dwk_strides, C)
 
-    da = _sum_eighths(da)
-    if C.SIGNED:
-        da *= 0.6931471805599453
-    return da, _sum_eighths(d_mean)
+    return _sum_eighths(d_mean)

@@ -18,17 +18,14 @@ tiles while it computes. For names see triton_kernels.py.
 from __future__ import annotations
 
 from flash_bla.ops.triton_kernels import _store_parameter_gradient
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, fast_rounded_parts, jit, tl
 from flash_bla.ops.triton_tiles import (
     _by_eighth,
-    _features_backward,
     _load_factor,
     _load_parameter,
     _load_rope,
     _load_weight,
-    _of_sign,
     _offsets,
-    _operands,
     _start,
     _store_weight,
     _sum_eighths,
@@ -40,6 +37,40 @@ from flash_bla.ops.triton_tiles import (
 def _to_product_layout(x, OPERAND: tl.constexpr):
     """x in float32, in the register layout of a product's result: as what is added to a product of zeros."""
     return tl.dot(tl.zeros((x.shape[0], 16), OPERAND), tl.zeros((16, x.shape[1]), OPERAND), x.to(tl.float32))
+
+
+@jit
+def _operands(phi, w, OPERAND: tl.constexpr, C: tl.constexpr):
+    """φ(x) and, if ``SIGNED``, φ(-x) as operands, times the weight, if any; ``phi`` is their difference."""
+    if w is not None:
+        phi *= w
+    if C.SIGNED:
+        return fast_rounded_parts(phi, OPERAND, True)
+    else:
+        return phi.to(OPERAND), 0.0
+
+
+@jit
+def _of_sign(x, plus, minus):
+    """``plus`` where x is positive, and -``minus`` elsewhere."""
+    chosen = tl.where(x > 0.0, plus, minus).to(tl.int32, bitcast=True)
+    return (chosen ^ (x.to(tl.int32, bitcast=True) & -(2**31))).to(tl.float32, bitcast=True)
+
+
+@jit
+def _features_backward(x, a, phi, d_phi, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, C: tl.constexpr):
+    """Gradients by x and by the map's parameter, the latter of each element, from φ(x) and the gradient by it."""
+    if C.SIGNED:
+        dx = d_phi * PHI_DX(x, phi, a, C.EXPONENT)
+        return dx, dx * PHI_DA(x, phi, a, C.EXPONENT)
+    else:
+        return d_phi * PHI_DX(x, phi, a, C.EXPONENT), 0.0
+
+
+@jit
+def _power_gradient(da, a, C: tl.constexpr):
+    """The gradient of the power from the sums of ``_features_backward``."""
+    return da * tl.reshape(0.6931471805599453 / a, C.BLOCK_D)
 
 
 @jit
@@ -202,7 +233,8 @@ def single_backward_kernel(
     k = _plus_encoding(k, e_ptr, e_strides, head, d, keys, d < C.D, C)
     k, q = _to_product_layout(k, OPERAND), _to_product_layout(q, OPERAND)
     phi_k, phi_q = PHI(k, a, C.EXPONENT), PHI(q, a, C.EXPONENT)
-    q_operands, k_operands = _operands(phi_q, None, OPERAND, C), _operands(phi_k * factor, w, OPERAND, C)
+    q_operands = _operands(phi_q, None, OPERAND, C)
+    k_operands = _operands(phi_k * factor, w, OPERAND, C)
     cos, sin = 0.0, 0.0
     if C.ROPE:
         rope = _load(rope_ptr, rope_strides, 0, head, d, queries, d < C.D, 0.0, C)
@@ -261,7 +293,7 @@ def single_backward_kernel(
     if C.PARAMETER:
         da = _sum_eighths(da)
         if C.SIGNED:
-            da *= 0.6931471805599453
+            da = _power_gradient(da, a, C)
         else:
             da *= tl.reshape(-2.0 * C.EXPONENT / a, C.BLOCK_D)
         _store_parameter_gradient(da_ptr, batch * heads + head, head, heads, da, C)

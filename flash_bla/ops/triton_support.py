@@ -45,29 +45,63 @@ def log2(x):
 
 
 @jit
-def rounded_positive_part(x, TYPE: tl.constexpr):
-    """max(x, 0) in another type."""
-    return tl.maximum(x, 0.0).to(TYPE)
+def rounded_parts(x, TYPE: tl.constexpr, MAGNITUDES: tl.constexpr):
+    """max(x, 0) and min(x, 0) in another type, or the negative of the latter."""
+    return tl.maximum(x, 0.0).to(TYPE), (tl.maximum(-x, 0.0) if MAGNITUDES else tl.minimum(x, 0.0)).to(TYPE)
 
 
 @jit
-def _rounded_positive_part_nvidia(x, TYPE: tl.constexpr):
-    if TYPE == tl.bfloat16:
+def _rounded_parts_nvidia(x, TYPE: tl.constexpr, MAGNITUDES: tl.constexpr):
+    if TYPE != tl.bfloat16:
+        return rounded_parts(x, TYPE, MAGNITUDES)
+    elif MAGNITUDES:
         return tl.inline_asm_elementwise(
-            "cvt.rn.relu.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
+            "{.reg .b32 x, z; mov.b32 z, 0; cvt.rn.bf16x2.f32 x, $3, $2; max.bf16x2 $0, x, z; min.bf16x2 x, x, z;"
+            " neg.bf16x2 $1, x;}", "=r,=r,f,f", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        return tl.maximum(x, 0.0).to(TYPE)
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 x, z; mov.b32 z, 0; cvt.rn.bf16x2.f32 x, $3, $2; max.bf16x2 $0, x, z; min.bf16x2 $1, x, z;}",
+            "=r,=r,f,f", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+        )  # fmt: skip
 
 
-# NVIDIA's own instructions: Triton's logarithm takes 31 to be right for denormal numbers, too, and two numbers take one
-# to lose their negative part and be rounded
+@jit
+def computed_here(x, zero):
+    """x, which is not to be computed later: meanwhile all that it comes from would take registers."""
+    return x
+
+
+@jit
+def _computed_here_nvidia(x, zero):
+    return tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$2], $1; mov.f32 $0, $1;}", "=f,f,r", [x, zero],
+        dtype=tl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@jit
+def prefetch(pointers):
+    """Brings the lines of these addresses into the L2 cache."""
+
+
+@jit
+def _prefetch_nvidia(pointers):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+# NVIDIA's own instructions: Triton's logarithm takes 31 to be right for denormal numbers, too, and two numbers are
+# rounded by one and take one more each for their positive and their negative part
 if HAS_TRITON and not INTERPRETING and torch.version.hip is None:
     fast_log2 = tl.extra.cuda.libdevice.fast_log2f
-    fast_rounded_positive_part = _rounded_positive_part_nvidia
+    fast_rounded_parts = _rounded_parts_nvidia
+    computed_here = _computed_here_nvidia
+    prefetch = _prefetch_nvidia
 else:
     fast_log2 = log2
-    fast_rounded_positive_part = rounded_positive_part
+    fast_rounded_parts = rounded_parts
 
 
 @jit

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flash_bla.ops.triton_support import INTERPRETING, fast_rounded_positive_part, jit, tl
+from flash_bla.ops.triton_support import INTERPRETING, jit, tl
 
 
 class Config(NamedTuple):
@@ -51,6 +51,13 @@ def _place(heads, cu_seqlens, length, C: tl.constexpr):
         return sequence, 0, head, first, tl.load(cu_seqlens + sequence + 1) - first
     else:
         return sequence, sequence, head, 0, length
+
+
+@jit
+def _split_at(sequence, heads, C: tl.constexpr):
+    """Where the heads of a sequence begin among those of all splits."""
+    sequences = tl.num_programs(0) // tl.cdiv(heads, C.GROUP)
+    return (tl.program_id(1) * sequences.to(tl.int64) + sequence) * heads
 
 
 @jit
@@ -254,57 +261,26 @@ def _times_factor(state, z, factor, C: tl.constexpr):
 
 
 @jit
-def _signs(phi, C: tl.constexpr):
-    """φ(x), and φ(-x) if ``SIGNED``: one of them is zero, and ``phi`` their difference."""
-    if C.SIGNED:
-        return tl.maximum(phi, 0.0), tl.maximum(-phi, 0.0)
+def _rounded(p, OPERAND: tl.constexpr):
+    """The number that the operand p is; to convert it there and back takes four times as long."""
+    if OPERAND == tl.bfloat16:
+        return ((p.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
     else:
-        return phi, 0.0
+        return p.to(OPERAND).to(tl.float32)
 
 
 @jit
-def _operands(phi, w, OPERAND: tl.constexpr, C: tl.constexpr):
-    """The same as operands, times the weight, if any."""
-    if C.SIGNED and w is None:
-        return fast_rounded_positive_part(phi, OPERAND), fast_rounded_positive_part(-phi, OPERAND)
-    else:
-        plus, minus = _signs(phi, C)
-        if w is not None:
-            plus, minus = plus * w, minus * w
-        return plus.to(OPERAND), minus.to(OPERAND) if C.SIGNED else 0.0
-
-
-@jit
-def _of_sign(x, plus, minus):
-    """``plus`` where x is positive, and -``minus`` elsewhere."""
-    chosen = tl.where(x > 0.0, plus, minus).to(tl.int32, bitcast=True)
-    return (chosen ^ (x.to(tl.int32, bitcast=True) & -(2**31))).to(tl.float32, bitcast=True)
-
-
-@jit
-def _add_rows(z, features, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr):
-    """z plus the features' sums over rows: in each of 64 rows all of it for ``FEW``, and otherwise parts in 16.
+def _add_rows(z, features, OPERAND: tl.constexpr, C: tl.constexpr):
+    """z plus the features' sums over rows, in 16 parts.
 
     Of few tokens z must sum features rounded as those that S sums; of many the difference averages out.
     """
-    if C.FEW:
-        return tl.dot(tl.full((64, C.BLOCK_N), 1.0, OPERAND), features.to(OPERAND), z, input_precision=PRECISION)
-    else:
-        return z + _by_sixteenth(features, C)
-
-
-@jit
-def _features_backward(x, a, phi, d_phi, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, C: tl.constexpr):
-    """Gradients by x and by the map's parameter, the latter of each element, from φ(x) and the gradient by it."""
-    if C.SIGNED:
-        return d_phi * PHI_DX(x, phi, a, C.EXPONENT), d_phi * PHI_DA(x, phi, a, C.EXPONENT)
-    else:
-        return d_phi * PHI_DX(x, phi, a, C.EXPONENT), 0.0
+    return z + _by_sixteenth(_rounded(features, OPERAND) if C.FEW else features, C)
 
 
 # --- states -----------------------------------------------------------------------------------------------------------
-# In memory (B, H, SIGNS, ROWS, D): S, z as its next row, and of ``SOFTMAX`` two more: the queries' mean, and the
-# logarithm of the exponentials' sum. Those of splits stand one after the other; they have the logarithm alone, twice.
+# In memory (B, H, 1, ROWS, D): S, z as its next row, and of ``SOFTMAX`` two more: the queries' mean, and the logarithm
+# of the exponentials' sum. Those of splits stand one after the other; they have the logarithm alone, twice.
 
 
 @jit
@@ -314,41 +290,29 @@ def _state_rows(C: tl.constexpr):
 
 @jit
 def _state_offsets(head, heads, C: tl.constexpr):
-    """Offsets of S₊ from the first head's, those of z₊, and which exist; S₋ and z₋ come (DV + 1) D later."""
-    SIGNS: tl.constexpr = 2 if C.SIGNED else 1
+    """Offsets of S from the first head's, those of z, and which exist."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    offsets = ((hv * SIGNS * _state_rows(C) + c) * C.D)[:, None] + d[None, :]
+    offsets = ((hv * _state_rows(C) + c) * C.D)[:, None] + d[None, :]
     mask = exists_v[:, None] & exists[None, :] & (hv[:, None] == h[None, :])
-    return offsets, mask, (h * SIGNS * _state_rows(C) + C.DV) * C.D + d, exists
+    return offsets, mask, (h * _state_rows(C) + C.DV) * C.D + d, exists
 
 
 @jit
 def _load_state(state_ptr, at, head, heads, C: tl.constexpr):
-    """S₊, S₋, z₊, z₋ of the group whose first head is the ``at``-th."""
+    """S and z of the group whose first head is the ``at``-th."""
     offsets, mask, z_offsets, exists = _state_offsets(head, heads, C)
-    state_ptr += at * ((2 if C.SIGNED else 1) * _state_rows(C) * C.D)
+    state_ptr += at * (_state_rows(C) * C.D)
     plus = tl.load(state_ptr + offsets, mask=mask, other=0.0)
-    z_plus = tl.load(state_ptr + z_offsets, mask=exists, other=0.0)
-    if C.SIGNED:
-        state_ptr += (C.DV + 1) * C.D
-        minus = tl.load(state_ptr + offsets, mask=mask, other=0.0)
-        z_minus = tl.load(state_ptr + z_offsets, mask=exists, other=0.0)
-        return plus, minus, z_plus, z_minus
-    else:
-        return plus, 0.0, z_plus, 0.0
+    return plus, tl.load(state_ptr + z_offsets, mask=exists, other=0.0)
 
 
 @jit
-def _store_state(state_ptr, at, head, heads, plus, minus, z_plus, z_minus, C: tl.constexpr):
+def _store_state(state_ptr, at, head, heads, plus, z_plus, C: tl.constexpr):
     offsets, mask, z_offsets, exists = _state_offsets(head, heads, C)
-    state_ptr += at * ((2 if C.SIGNED else 1) * _state_rows(C) * C.D)
+    state_ptr += at * (_state_rows(C) * C.D)
     tl.store(state_ptr + offsets, plus, mask=mask)
     tl.store(state_ptr + z_offsets, z_plus, mask=exists)
-    if C.SIGNED:
-        state_ptr += (C.DV + 1) * C.D
-        tl.store(state_ptr + offsets, minus, mask=mask)
-        tl.store(state_ptr + z_offsets, z_minus, mask=exists)
 
 
 @jit
@@ -392,41 +356,16 @@ def _mask_heads(state, C: tl.constexpr):
 
 
 @jit
-def _first_half(C: tl.constexpr):
-    """Which of the values' channels are in the first half of their head's."""
-    return tl.arange(0, C.BLOCK_DV) % (C.BLOCK_DV // C.GROUP) < C.DV // 2
-
-
-@jit
-def _swap_halves(plus, minus, C: tl.constexpr):
-    """Sums over φ(k) and φ(-k) to S₊ and S₋, and back."""
-    if C.SIGNED:
-        first = _first_half(C)[:, None]
-        return tl.where(first, plus, minus), tl.where(first, minus, plus)
-    else:
-        return plus, minus
-
-
-@jit
-def _center(plus, minus, z_plus, z_minus, C: tl.constexpr):
+def _center(plus, z_plus, C: tl.constexpr):
     """S - z m, and the values' mean m = Σ S / Σ z."""
     if C.CENTER:
         sums = tl.sum(tl.where(z_plus < 0.0, -1.0, 1.0)[None, :] * plus, 1)
         total = _by_head(tl.abs(z_plus)[None, :], C)
-        if C.SIGNED:
-            sums += tl.sum(minus, 1)
-            total += _by_head(z_minus[None, :], C)
         total = tl.reshape(tl.broadcast_to(_to_columns(total, C), 1, C.BLOCK_DV), C.BLOCK_DV)
         mean = tl.where(total > 0.0, sums / total, 0.0)
-        if C.SIGNED:
-            first = _first_half(C)[:, None]
-            plus -= mean[:, None] * tl.where(first, z_plus[None, :], z_minus[None, :])
-            minus -= mean[:, None] * tl.where(first, z_minus[None, :], z_plus[None, :])
-            return _mask_heads(plus, C), _mask_heads(minus, C), mean
-        else:
-            return _mask_heads(plus - mean[:, None] * z_plus[None, :], C), minus, mean
+        return _mask_heads(plus - mean[:, None] * z_plus[None, :], C), mean
     else:
-        return plus, minus, tl.sum(_zeros(1, C.BLOCK_DV), 0)
+        return plus, tl.sum(_zeros(1, C.BLOCK_DV), 0)
 
 
 # --- products with vectors --------------------------------------------------------------------------------------------
@@ -453,16 +392,6 @@ def _vector_columns(x, part, BLOCK: tl.constexpr, OPERAND: tl.constexpr, C: tl.c
 
 
 @jit
-def _signed_vector_operands(z_plus, z_minus, OPERAND: tl.constexpr, C: tl.constexpr):
-    """The matrices (BLOCK_D, 16) that φ(x) and φ(-x) are to be multiplied with, with columns (head, part, half)."""
-    column = tl.arange(0, 16)
-    first, part = (column % 2 == 0)[None, :], column % (16 // C.GROUP) // 2
-    z_plus, z_minus = z_plus[:, None], z_minus[:, None]
-    plus = _vector_columns(tl.where(first, z_plus, z_minus), part, C.BLOCK_D, OPERAND, C)
-    return plus, _vector_columns(tl.where(first, z_minus, z_plus), part, C.BLOCK_D, OPERAND, C)
-
-
-@jit
 def _weight_operand(x, OPERAND: tl.constexpr, C: tl.constexpr):
     """Numbers for each head, (rows, GROUP), as what is multiplied with a transposed ``_vector_operand``."""
     x = tl.broadcast_to(x[:, :, None], C.BLOCK_N, C.GROUP, 16 // C.GROUP)
@@ -477,35 +406,3 @@ def _vector_product(x, operand, PRECISION: tl.constexpr, C: tl.constexpr):
         return tl.sum(products, 1)[:, None]
     else:
         return tl.sum(tl.reshape(products, C.BLOCK_N, C.GROUP, 16 // C.GROUP), 2)
-
-
-@jit
-def _signed_denominators(phi_plus, phi_minus, operands, eps, PRECISION: tl.constexpr, C: tl.constexpr):
-    """[φ(q), φ(-q)] · z and [φ(-q), φ(q)] · z + ε: those of the first and of the second half of the values' columns.
-
-    ``operands`` are the vectors that φ(q) and φ(-q) meet there, of ``_signed_vector_operands``.
-    """
-    products = tl.dot(phi_plus, operands[0], input_precision=PRECISION)
-    products = tl.dot(phi_minus, operands[1], products, input_precision=PRECISION)
-    first, second = tl.split(tl.reshape(products, C.BLOCK_N, C.GROUP, 8 // C.GROUP, 2))
-    return tl.sum(first, 2) + eps, tl.sum(second, 2) + eps
-
-
-@jit
-def _signed_operand(first, second, OPERAND: tl.constexpr, C: tl.constexpr):
-    """Numbers for each head and half, (rows, GROUP), as the columns (head, part, half) of an operand."""
-    x = tl.join(first, second)[:, :, None, :]
-    return tl.reshape(tl.broadcast_to(x, C.BLOCK_N, C.GROUP, 8 // C.GROUP, 2), C.BLOCK_N, 16).to(OPERAND)
-
-
-@jit
-def _repeated(operand, PRECISION: tl.constexpr, C: tl.constexpr):
-    """A tile whose rows all are the vector of ``_vector_operand``: a product, as whose sum others start for nothing."""
-    ones = tl.full((C.BLOCK_N, 16), 1.0, operand.dtype)
-    return tl.dot(ones, tl.trans(operand), input_precision=PRECISION)
-
-
-@jit
-def _times_halves(x, first, second, C: tl.constexpr):
-    """The values' columns times a number for each head and half."""
-    return tl.where(_first_half(C)[None, :], x * _to_columns(first, C), x * _to_columns(second, C))

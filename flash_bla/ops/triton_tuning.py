@@ -17,6 +17,15 @@ from flash_bla.ops.triton_kernels import (
     query_sum_kernel,
     state_kernel,
 )
+from flash_bla.ops.triton_signed import (
+    signed_backward_kernel,
+    signed_forward_kernel,
+    signed_key_kernel,
+    signed_output_kernel,
+    signed_query_kernel,
+    signed_state_kernel,
+    signed_sum_kernel,
+)
 from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
 from flash_bla.ops.triton_support import power_of_two
 from flash_bla.ops.triton_tiles import Config
@@ -60,12 +69,16 @@ TUNING = {
         state_kernel: (Tuning(64, 4, 1, 128), Tuning(64, 4, 1, 128)),
         query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
     },
-    "signed": _PLAIN
-    | {
-        state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
-        key_gradient_kernel: (Tuning(32, 2, 3, None), Tuning(32, 2, 3, None)),
+    "signed": {
+        signed_state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
+        signed_output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
+        signed_sum_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+        signed_query_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+        signed_key_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+        signed_forward_kernel: (Tuning(64, 3, 2, 168), Tuning(64, 3, 2, 168)),
+        signed_backward_kernel: (Tuning(64, 2, 2, None), Tuning(64, 2, 2, None)),
+        single_forward_kernel: _PLAIN[single_forward_kernel],
+        single_backward_kernel: _PLAIN[single_backward_kernel],
     },
     "wide": {
         query_sum_kernel: (None, Tuning(0, 8, 1, None, warps=4, rows=64)),

@@ -1,0 +1,634 @@
+"""Linear attention in Triton: ``signed_power``, whose features φ(x) and φ(-x) are the parts of p = sign(x) |x|ᵃ.
+
+A tile of features is F = [max(p, 0), min(p, 0)], (rows, 2 BLOCK_D), one operand of products that are twice as wide: two
+products would wait for each other. With R = s Σ F(k)ᵀ v and r = Σ F(k) / M the first half of the values' columns,
+which sees equal signs, is F(q) R / (F(q) · r + ε). The second half sees opposite signs: R and r are swapped there, R'
+and r', each part for the negative of the other. So the loops over rows are
+
+    sum_keys              R, r
+    write_output          o = F(q) R' / n,  n = F(q) · r' + ε
+    sum_queries           dR' = Σ F(q)ᵀ dn,  dn = do / n, and for each row and half 1 / n and c = -dn · o / n
+    differentiate_queries dF(q) = dn R'ᵀ + c r';  dr' = Σ c F(q)
+    differentiate_keys    dF(k) = s v dRᵀ + dr / M,  dv = s F(k) dR
+
+of which dp is one part, by the sign of x. Registers could not hold what the third and the fourth need at a time; the
+fourth finds the numbers of its rows in memory. The values' mean is taken out of R and v as in triton_kernels.py, which
+see for names. In memory R and r stand as a state with two signs, (B, H, 2, Dv + 1, D).
+"""
+
+from __future__ import annotations
+
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, computed_here, fast_rounded_parts, jit, share, tl
+from flash_bla.ops.triton_tiles import (
+    _both_by_head,
+    _by_head,
+    _by_sixteenth,
+    _columns,
+    _identity,
+    _load_parameter,
+    _load_weight,
+    _next,
+    _place,
+    _rounded,
+    _split_at,
+    _start,
+    _store_weight,
+    _sum_eighths,
+    _tile,
+    _to_columns,
+    _to_product_layout,
+    _zeros,
+    _zeros3,
+)
+
+# --- tiles of both parts ----------------------------------------------------------------------------------------------
+
+
+@jit
+def _side_by_side(plus, minus):
+    """Two tiles (rows, columns) as one, (rows, 2 columns)."""
+    both = tl.permute(tl.join(plus, minus), (0, 2, 1))
+    return tl.reshape(both, plus.shape[0], 2 * plus.shape[1])
+
+
+@jit
+def _apart(x):
+    """The reverse of ``_side_by_side``."""
+    return tl.split(tl.permute(tl.reshape(x, x.shape[0], 2, x.shape[1] // 2), (0, 2, 1)))
+
+
+@jit
+def _features(p, OPERAND: tl.constexpr):
+    plus, minus = fast_rounded_parts(p, OPERAND, False)
+    return _side_by_side(plus, minus)
+
+
+@jit
+def _first_half(C: tl.constexpr):
+    """Which of the values' channels are in the first half of their head's."""
+    return tl.arange(0, C.BLOCK_DV) % (C.BLOCK_DV // C.GROUP) < C.DV // 2
+
+
+@jit
+def _times_halves(x, first, second, C: tl.constexpr):
+    """The values' columns times a number for each head and half."""
+    return tl.where(_first_half(C)[None, :], x * _to_columns(first, C), x * _to_columns(second, C))
+
+
+@jit
+def _part_columns(head, heads, C: tl.constexpr):
+    """Part (0 or 1), head (from the group's first) and channel of each column of F, and whether it exists."""
+    column = tl.arange(0, 2 * C.BLOCK_D)
+    part, column = column // C.BLOCK_D, column % C.BLOCK_D
+    h, channel = column // (C.BLOCK_D // C.GROUP), column % (C.BLOCK_D // C.GROUP)
+    return part, h, channel, (channel < C.D) & (head + h < heads)
+
+
+@jit
+def _state_offsets(part, head, heads, C: tl.constexpr):
+    """Offsets of R (BLOCK_DV, 2 BLOCK_D) and of r from the first head's, and which exist."""
+    _, h, d, exists = _part_columns(head, heads, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    offsets = (((hv * 2)[:, None] + part) * (C.DV + 1) + c[:, None]) * C.D + d[None, :]
+    mask = exists_v[:, None] & exists[None, :] & (hv[:, None] == h[None, :])
+    return offsets, mask
+
+
+@jit
+def _vector_offsets(part, head, heads, C: tl.constexpr):
+    _, h, d, exists = _part_columns(head, heads, C)
+    return ((h * 2 + part) * (C.DV + 1) + C.DV) * C.D + d, exists
+
+
+@jit
+def _load_swapped(state_ptr, at, head, heads, C: tl.constexpr):
+    """R', and r' of the first half of the values' columns and of the second, for the ``at``-th head's group."""
+    part, _, _, _ = _part_columns(head, heads, C)
+    first = _first_half(C)[:, None]
+    state_ptr += at * (2 * (C.DV + 1) * C.D)
+    offsets, mask = _state_offsets(tl.where(first, part[None, :], 1 - part[None, :]), head, heads, C)
+    states = tl.load(state_ptr + offsets, mask=mask, other=0.0)
+    states = tl.where(first, states, -states)
+    offsets, exists = _vector_offsets(part, head, heads, C)
+    equal = tl.load(state_ptr + offsets, mask=exists, other=0.0)
+    offsets, exists = _vector_offsets(1 - part, head, heads, C)
+    return states, equal, -tl.load(state_ptr + offsets, mask=exists, other=0.0)
+
+
+@jit
+def _center(states, equal, opposite, C: tl.constexpr):
+    """R' - r' m, and the values' mean m = Σ φ(k) v / Σ φ(k)."""
+    part = tl.arange(0, 2 * C.BLOCK_D) // C.BLOCK_D
+    sign = tl.where(part == 0, 1.0, -1.0)
+    total = _head_sums(tl.abs(equal), C)
+    mean = tl.sum(sign[None, :] * states, 1)
+    mean = tl.where(total > 0.0, mean / total, 0.0)
+    moved = mean[:, None] * tl.where(_first_half(C)[:, None], equal[None, :], opposite[None, :])
+    if C.GROUP > 1:
+        column = tl.arange(0, 2 * C.BLOCK_D) % C.BLOCK_D
+        own = (tl.arange(0, C.BLOCK_DV) // (C.BLOCK_DV // C.GROUP))[:, None] == (column // (C.BLOCK_D // C.GROUP))
+        moved = tl.where(own, moved, 0.0)
+    return states - moved, mean
+
+
+@jit
+def _head_sums(x, C: tl.constexpr):
+    """The sum of each head's columns, (2 BLOCK_D), for each of the values' columns."""
+    x = tl.sum(tl.reshape(x, 2, C.GROUP, C.BLOCK_D // C.GROUP), 2)
+    x = tl.broadcast_to(tl.sum(x, 0)[:, None], C.GROUP, C.BLOCK_DV // C.GROUP)
+    return tl.reshape(x, C.BLOCK_DV)
+
+
+@jit
+def _swapped(states, plus, minus, C: tl.constexpr):
+    """R' and both r' of R and the parts of r, and the reverse."""
+    first = _first_half(C)[:, None]
+    left, right = _apart(states)
+    states = _side_by_side(tl.where(first, left, -right), tl.where(first, right, -left))
+    return states, _one_after_other(plus, minus), _one_after_other(-minus, -plus)
+
+
+@jit
+def _one_after_other(plus, minus):
+    return tl.reshape(tl.permute(tl.join(plus, minus), (1, 0)), 2 * plus.shape[0])
+
+
+@jit
+def _own_head(states, C: tl.constexpr):
+    """Zero where a row and a column of R are not of the same head."""
+    if C.GROUP == 1:
+        return states
+    else:
+        column = tl.arange(0, 2 * C.BLOCK_D) % C.BLOCK_D
+        own = (tl.arange(0, C.BLOCK_DV) // (C.BLOCK_DV // C.GROUP))[:, None] == (column // (C.BLOCK_D // C.GROUP))
+        return tl.where(own, states, 0.0)
+
+
+@jit
+def _store(state_ptr, at, head, heads, states, C: tl.constexpr):
+    part, _, _, _ = _part_columns(head, heads, C)
+    offsets, mask = _state_offsets(part[None, :], head, heads, C)
+    tl.store(state_ptr + at * (2 * (C.DV + 1) * C.D) + offsets, states, mask=mask)
+
+
+@jit
+def _store_vectors(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
+    """r, whose parts are (BLOCK_D)."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    state_ptr += at * (2 * (C.DV + 1) * C.D) + (h * 2 * (C.DV + 1) + C.DV) * C.D + d
+    tl.store(state_ptr, plus, mask=exists)
+    tl.store(state_ptr + (C.DV + 1) * C.D, minus, mask=exists)
+
+
+# --- products with vectors: columns (head, part of the number, half), see ``_vector_operand`` -------------------------
+
+
+@jit
+def _vector_operands(equal, opposite, OPERAND: tl.constexpr, C: tl.constexpr):
+    """r' as what F is multiplied with, (2 BLOCK_D, 16)."""
+    column = tl.arange(0, 16)
+    x = tl.where((column % 2 == 0)[None, :], equal[:, None], opposite[:, None])
+    if C.GROUP > 1:
+        head = tl.arange(0, 2 * C.BLOCK_D) % C.BLOCK_D // (C.BLOCK_D // C.GROUP)
+        x = tl.where(head[:, None] == (column // (16 // C.GROUP))[None, :], x, 0.0)
+    part = column % (16 // C.GROUP) // 2
+    rounded = x.to(OPERAND)
+    rest = (x - rounded.to(tl.float32)).to(OPERAND)
+    return tl.where((part == 0)[None, :], rounded, tl.where((part == 1)[None, :], rest, 0.0))
+
+
+@jit
+def _denominators(features, operand, eps, PRECISION: tl.constexpr, C: tl.constexpr):
+    """n of the first half of the values' columns, and of the second: (rows, GROUP)."""
+    products = tl.dot(features, operand, input_precision=PRECISION)
+    first, second = tl.split(tl.reshape(products, C.BLOCK_N, C.GROUP, 8 // C.GROUP, 2))
+    return tl.sum(first, 2) + eps, tl.sum(second, 2) + eps
+
+
+@jit
+def _weights(first, second, OPERAND: tl.constexpr, C: tl.constexpr):
+    """Numbers for each head and half, (rows, GROUP), as what is multiplied with transposed ``_vector_operands``."""
+    x = tl.join(first, second)[:, :, None, :]
+    return tl.reshape(tl.broadcast_to(x, C.BLOCK_N, C.GROUP, 8 // C.GROUP, 2), C.BLOCK_N, 16).to(OPERAND)
+
+
+@jit
+def _all_rows(x, OPERAND: tl.constexpr):
+    """A vector as the operand (16, its length) of which ``_repeated`` makes a tile whose rows all are that vector."""
+    rounded = x.to(OPERAND)
+    rest = (x - rounded.to(tl.float32)).to(OPERAND)
+    row = tl.arange(0, 16)[:, None]
+    return tl.where(row == 0, rounded[None, :], tl.where(row == 1, rest[None, :], 0.0))
+
+
+@jit
+def _repeated(operand, PRECISION: tl.constexpr, C: tl.constexpr):
+    return tl.dot(tl.full((C.BLOCK_N, 16), 1.0, operand.dtype), operand, input_precision=PRECISION)
+
+
+@jit
+def _row_numbers(rows_ptr, rows_strides, batch, head, row):
+    """Where the four numbers of rows from ``row`` on stand, (4, B, H, N)."""
+    rows_ptr = _start(rows_ptr, rows_strides, batch, head, row)
+    plane = tl.cast(rows_strides[3], tl.int64)
+    return rows_ptr, rows_ptr + plane, rows_ptr + 2 * plane, rows_ptr + 3 * plane
+
+
+# --- the loops over rows ----------------------------------------------------------------------------------------------
+
+
+@jit
+def _sum_keys(
+    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, first, begin,
+    end, count, scale,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """R, and the parts of r."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
+    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    if e_ptr is not None:
+        e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
+    if C.KEY_WEIGHT:
+        wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
+    a = _load_parameter(a_ptr, head, heads, C)
+    states = _zeros(C.BLOCK_DV, 2 * C.BLOCK_D)
+    magnitudes, sums = _zeros(16, C.BLOCK_D), _zeros(16, C.BLOCK_D)
+    for start in range(begin, end, C.BLOCK_N):
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        mask = inside[:, None] & exists[None, :]
+        k = tl.load(k_ptr + k_tile, mask=mask, other=0.0).to(tl.float32)
+        if e_ptr is not None:
+            k += tl.load(e_ptr + e_tile, mask=mask, other=0.0).to(tl.float32)
+            e_ptr = _next(e_ptr, e_strides, C)
+        v = tl.load(v_ptr + v_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
+        p = PHI(k, a, C.EXPONENT)
+        if C.KEY_WEIGHT:
+            p *= _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
+        states = tl.dot(tl.trans(v), _features(p, OPERAND), states, input_precision=PRECISION)
+        if C.FEW:  # of few tokens r must sum features rounded as those that R sums
+            p = _rounded(p, OPERAND)
+        magnitudes += _by_sixteenth(tl.abs(p), C)
+        sums += _by_sixteenth(p, C)
+        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
+        if C.KEY_WEIGHT:
+            wk_ptr = _next(wk_ptr, wk_strides, C)
+    one = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if C.MEAN:
+        scale = one
+    magnitudes, sums = tl.sum(magnitudes, 0) * (0.5 * one), tl.sum(sums, 0) * (0.5 * one)
+    return _own_head(states * scale, C), sums + magnitudes, sums - magnitudes
+
+
+@jit
+def _write_output(
+    q_ptr, q_strides, o_ptr, o_strides, a_ptr, states, equal, opposite, batch, head, heads, first, begin, end, eps,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    o_ptr, o_tile = _tile(o_ptr, o_strides, batch, head, first + begin, hv, c, C)
+    a = _load_parameter(a_ptr, head, heads, C)
+    identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
+    states = tl.trans(states.to(OPERAND))
+    vectors = _vector_operands(equal, opposite, OPERAND, C)
+    for start in range(begin, end, C.BLOCK_N):
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
+        features = _features(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND)
+        first_half, second_half = _denominators(features, vectors, eps, PRECISION, C)
+        o = tl.dot(features, states, input_precision=PRECISION)
+        o = _times_halves(o, 1.0 / first_half, 1.0 / second_half, C)
+        tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
+
+
+@jit
+def _sum_queries(
+    q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, states, equal, opposite, mean,
+    batch, head, heads, first, begin, end, eps,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """dR', and writes the rows' numbers."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
+    i_ptr, j_ptr, s_ptr, t_ptr = _row_numbers(rows_ptr, rows_strides, batch, head, first + begin)
+    a = _load_parameter(a_ptr, head, heads, C)
+    identity, identity_v = _identity(C.BLOCK_D, OPERAND, OPERAND), _identity(C.BLOCK_DV, OPERAND, OPERAND)
+    states = tl.trans(states.to(OPERAND))
+    vectors = _vector_operands(equal, opposite, OPERAND, C)
+    moved = _all_rows(-eps * mean, OPERAND)
+    d_states = _zeros(C.BLOCK_DV, 2 * C.BLOCK_D)
+    for start in range(begin, end, C.BLOCK_N):
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
+        do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0)
+        features = _features(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND)
+        one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
+        first_half, second_half = _denominators(features, vectors, one, PRECISION, C)
+        first_half, second_half = 1.0 / first_half, 1.0 / second_half
+        o = tl.dot(features, states, _repeated(moved, PRECISION, C), input_precision=PRECISION)
+        dn = _times_halves(_to_product_layout(do, identity_v, OPERAND), first_half, second_half, C)
+        d_states = tl.dot(tl.trans(dn.to(OPERAND)), features, d_states, input_precision=PRECISION)
+        o *= dn
+        is_first = _first_half(C)[None, :]
+        weight, other = _both_by_head(tl.where(is_first, o, 0.0), tl.where(is_first, 0.0, o), C)
+        _store_weight(i_ptr, rows_strides, head, heads, inside, first_half, C)
+        _store_weight(j_ptr, rows_strides, head, heads, inside, second_half, C)
+        _store_weight(s_ptr, rows_strides, head, heads, inside, -weight * first_half, C)
+        _store_weight(t_ptr, rows_strides, head, heads, inside, -other * second_half, C)
+        q_ptr, do_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C)
+        i_ptr, j_ptr = _next(i_ptr, rows_strides, C), _next(j_ptr, rows_strides, C)
+        s_ptr, t_ptr = _next(s_ptr, rows_strides, C), _next(t_ptr, rows_strides, C)
+    return d_states
+
+
+@jit
+def _differentiate_queries(
+    q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides,
+    states, equal, opposite, batch, head, heads, first, begin, end,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Writes dq; the parts of dr, and the terms of the power's gradient."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
+    dq_ptr, dq_tile = _tile(dq_ptr, dq_strides, batch, head, first + begin, h, d, C)
+    i_ptr, j_ptr, s_ptr, t_ptr = _row_numbers(rows_ptr, rows_strides, batch, head, first + begin)
+    a = _load_parameter(a_ptr, head, heads, C)
+    identity, identity_v = _identity(C.BLOCK_D, OPERAND, OPERAND), _identity(C.BLOCK_DV, OPERAND, OPERAND)
+    states = states.to(OPERAND)
+    vectors = tl.trans(_vector_operands(equal, opposite, OPERAND, C))
+    zero = tl.minimum(end, 0).to(tl.int32)
+    magnitudes = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    sums = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    for start in range(begin, end, C.BLOCK_N):
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        mask = inside[:, None] & exists[None, :]
+        q = tl.load(q_ptr + q_tile, mask=mask, other=0.0)
+        do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0)
+        inverse = _load_weight(i_ptr, rows_strides, head, heads, inside, 0.0, C)
+        other = _load_weight(j_ptr, rows_strides, head, heads, inside, 0.0, C)
+        dn = _times_halves(_to_product_layout(do, identity_v, OPERAND), inverse, other, C).to(OPERAND)
+        weight = _load_weight(s_ptr, rows_strides, head, heads, inside, 0.0, C)
+        other = _load_weight(t_ptr, rows_strides, head, heads, inside, 0.0, C)
+        d_features = tl.dot(_weights(weight, other, OPERAND, C), vectors, input_precision=PRECISION)
+        d_features = tl.dot(dn, states, d_features, input_precision=PRECISION)
+        q = _to_product_layout(q, identity, OPERAND)
+        plus, minus = _apart(d_features)
+        dq = tl.where(q > 0.0, plus, minus) * PHI_DX(q, 0.0, a, C.EXPONENT)
+        tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+        da = computed_here(_add_products(da, dq, PHI_DA(q, 0.0, a, C.EXPONENT), C), zero)  # zero where there is no row
+        p = PHI(q, a, C.EXPONENT)
+        magnitudes = _add_products(magnitudes, tl.abs(p), _to_columns(weight + other, C), C)
+        sums = _add_products(sums, p, _to_columns(weight - other, C), C)
+        q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
+        i_ptr, j_ptr = _next(i_ptr, rows_strides, C), _next(j_ptr, rows_strides, C)
+        s_ptr, t_ptr = _next(s_ptr, rows_strides, C), _next(t_ptr, rows_strides, C)
+    magnitudes, sums = 0.5 * _sum_eighths(magnitudes), 0.5 * _sum_eighths(sums)
+    return sums + magnitudes, sums - magnitudes, _power_gradient(_sum_eighths(da), a, C)
+
+
+@jit
+def _differentiate_keys(
+    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,
+    dv_strides, dwk_ptr, dwk_strides, d_states, d_vectors, mean, batch, head, heads, first, begin, end, count, scale,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of keys and values; the terms of the power's."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
+    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    if e_ptr is not None:
+        e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
+    dk_ptr, dk_tile = _tile(dk_ptr, dk_strides, batch, head, first + begin, h, d, C)
+    dv_ptr, dv_tile = _tile(dv_ptr, dv_strides, batch, head, first + begin, hv, c, C)
+    if C.KEY_WEIGHT:
+        wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
+        dwk_ptr = _start(dwk_ptr, dwk_strides, batch, head, first + begin)
+    a = _load_parameter(a_ptr, head, heads, C)
+    identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
+    one = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if C.MEAN:
+        d_states, d_vectors, one = d_states * one, d_vectors * one, 1.0
+    d_states = d_states.to(OPERAND)
+    # (v - m) dRᵀ = v dRᵀ - m dRᵀ with the same rounded dR: the mean cancels although v enters the product as it is
+    moved = (d_vectors - tl.sum(mean[:, None] * d_states.to(tl.float32), 0)) * one
+    moved = _all_rows(moved, OPERAND)
+    zero = tl.minimum(end, 0).to(tl.int32)
+    da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    for start in range(begin, end, C.BLOCK_N):
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
+        k = tl.load(k_ptr + k_tile, mask=mask, other=0.0)
+        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
+        if C.MEAN:
+            d_features = tl.dot(v, d_states, _repeated(moved, PRECISION, C), input_precision=PRECISION)
+        else:
+            d_features = tl.dot(v, d_states, input_precision=PRECISION) * scale + _repeated(moved, PRECISION, C)
+        k = _to_product_layout(k, identity, OPERAND)
+        if e_ptr is not None:
+            k += _to_product_layout(tl.load(e_ptr + e_tile, mask=mask, other=0.0), identity, OPERAND)
+            e_ptr = _next(e_ptr, e_strides, C)
+        plus, minus = _apart(d_features)
+        dp = tl.where(k > 0.0, plus, minus)
+        p = PHI(k, a, C.EXPONENT)
+        if C.KEY_WEIGHT:
+            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
+            _store_weight(dwk_ptr, dwk_strides, head, heads, inside, _by_head(dp * p, C), C)
+            dp *= w
+            p *= w
+            wk_ptr, dwk_ptr = _next(wk_ptr, wk_strides, C), _next(dwk_ptr, dwk_strides, C)
+        dk = dp * PHI_DX(k, 0.0, a, C.EXPONENT)
+        tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+        da = computed_here(_add_products(da, dk, PHI_DA(k, 0.0, a, C.EXPONENT), C), zero)
+        dv = tl.dot(_features(p, OPERAND), tl.trans(d_states), input_precision=PRECISION)
+        if not C.MEAN:
+            dv *= scale
+        tl.store(dv_ptr + dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=v_mask)
+        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
+        dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
+    return _power_gradient(_sum_eighths(da), a, C)
+
+
+@jit
+def _add_products(total, x, y, C: tl.constexpr):
+    """total + ``_by_eighth`` of x y, by operations that multiply and add."""
+    x, next_x = _row_pairs(x, C)
+    y, next_y = _row_pairs(tl.broadcast_to(y, C.BLOCK_N, C.BLOCK_D), C)
+    return total + x * y + next_x * next_y
+
+
+@jit
+def _row_pairs(x, C: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, C.BLOCK_N // 16, 2, 8, C.BLOCK_D), (0, 2, 3, 1)))
+
+
+@jit
+def _power_gradient(da, a, C: tl.constexpr):
+    """What ``PHI_DA`` leaves out."""
+    return da * tl.reshape(0.6931471805599453 / a, C.BLOCK_D)
+
+
+# --- the kernels: a program for each group of heads (axis 0) and split (axis 1) ---------------------------------------
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def signed_state_kernel(
+    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cu_seqlens, state_ptr, key_length,
+    heads, scale,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
+    states, plus, minus = _sum_keys(
+        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, first,
+        begin, end, count, scale, PHI, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    at = _split_at(sequence, heads, C) + head
+    _store(state_ptr, at, head, heads, states, C)
+    _store_vectors(state_ptr, at, head, heads, plus, minus, C)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def signed_output_kernel(
+    q_ptr, q_strides, o_ptr, o_strides, a_ptr, cu_seqlens, state_ptr, query_length, heads, eps,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
+    states, equal, opposite = _load_swapped(state_ptr, sequence * heads + head, head, heads, C)
+    _write_output(
+        q_ptr, q_strides, o_ptr, o_strides, a_ptr, states, equal, opposite, batch, head, heads, first, begin, end,
+        eps, PHI, OPERAND, PRECISION, C,
+    )  # fmt: skip
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def signed_sum_kernel(
+    q_ptr, q_strides, do_ptr, do_strides, a_ptr, cu_seqlens, state_ptr, d_state_ptr, mean_ptr, rows_ptr, rows_strides,
+    query_length, heads, eps,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """dR' of one split of the queries, its rows' numbers, and the values' mean."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
+    at = sequence * heads + head
+    states, equal, opposite = _load_swapped(state_ptr, at, head, heads, C)
+    states, mean = _center(states, equal, opposite, C)
+    if tl.program_id(1) == 0:
+        hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+        tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
+    d_states = _sum_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, states, equal, opposite, mean, batch,
+        head, heads, first, begin, end, eps, PHI, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    _store(d_state_ptr, _split_at(sequence, heads, C) + head, head, heads, _own_head(d_states, C), C)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def signed_query_kernel(
+    q_ptr, q_strides, do_ptr, do_strides, a_ptr, cu_seqlens, state_ptr, d_state_ptr, rows_ptr, rows_strides,
+    dq_ptr, dq_strides, da_ptr, query_length, heads,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """dq of one split of the queries, dr, and terms of the power's gradient."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
+    states, equal, opposite = _load_swapped(state_ptr, sequence * heads + head, head, heads, C)
+    states, _ = _center(states, equal, opposite, C)
+    plus, minus, da = _differentiate_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, states, equal,
+        opposite, batch, head, heads, first, begin, end, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    at = _split_at(sequence, heads, C) + head
+    _store_vectors(d_state_ptr, at, head, heads, plus, minus, C)
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    tl.store(da_ptr + (at + h) * C.D + d, da, mask=exists)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def signed_key_kernel(
+    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cu_seqlens, d_state_ptr, mean_ptr,
+    dk_ptr, dk_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides, da_ptr, key_length, heads, scale,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one split of the keys and values, and terms of the power's."""
+    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
+    at = sequence * heads + head
+    hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    mean = tl.load(mean_ptr + (at + hv) * C.DV + c, mask=exists, other=0.0)
+    d_states, d_vectors, _ = _load_swapped(d_state_ptr, at, head, heads, C)
+    da = _differentiate_keys(
+        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,
+        dv_strides, dwk_ptr, dwk_strides, d_states, d_vectors, mean, batch, head, heads, first, begin, end, count,
+        scale, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    tl.store(da_ptr + (_split_at(sequence, heads, C) + head + h) * C.D + d, da, mask=exists)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def signed_forward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, o_ptr, o_strides, a_ptr, wk_ptr, wk_strides,
+    query_length, key_length, heads, scale, eps,
+    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The whole forward pass of a sequence."""
+    _, batch, head, _, _ = _place(heads, None, key_length, C)
+    states, plus, minus = _sum_keys(
+        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, 0, 0,
+        key_length, key_length, scale, PHI, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    states, equal, opposite = _swapped(states, plus, minus, C)
+    _write_output(
+        q_ptr, q_strides, o_ptr, o_strides, a_ptr, states, equal, opposite, batch, head, heads, 0, 0, query_length,
+        eps, PHI, OPERAND, PRECISION, C,
+    )  # fmt: skip
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def signed_backward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, do_ptr, do_strides, a_ptr, wk_ptr,
+    wk_strides, rows_ptr, rows_strides, dq_ptr, dq_strides, dk_ptr, dk_strides, dv_ptr, dv_strides, dwk_ptr,
+    dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The whole backward pass of a sequence."""
+    sequence, batch, head, _, _ = _place(heads, None, key_length, C)
+    states, plus, minus = _sum_keys(
+        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, 0, 0,
+        key_length, key_length, scale, PHI, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    states, equal, opposite = _swapped(states, plus, minus, C)
+    states, mean = _center(states, equal, opposite, C)
+    d_states = _sum_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, states, equal, opposite, mean, batch,
+        head, heads, 0, 0, query_length, eps, PHI, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    tl.debug_barrier()  # other threads read the rows' numbers
+    plus, minus, da = _differentiate_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, states, equal,
+        opposite, batch, head, heads, 0, 0, query_length, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    d_states, d_vectors, _ = _swapped(_own_head(d_states, C), plus, minus, C)
+    da += _differentiate_keys(
+        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,
+        dv_strides, dwk_ptr, dwk_strides, d_states, d_vectors, mean, batch, head, heads, 0, 0, key_length, key_length,
+        scale, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    tl.store(da_ptr + (sequence * heads + head + h) * C.D + d, da, mask=exists)
