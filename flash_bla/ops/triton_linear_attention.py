@@ -25,7 +25,6 @@ from flash_bla.ops.triton_kernels import (
 )
 from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, encoding_strides, norm_ratios, ratio_gradient_programs
 from flash_bla.ops.triton_signed import (
-    signed_backward_kernel,
     signed_forward_kernel,
     signed_key_kernel,
     signed_output_kernel,
@@ -96,17 +95,7 @@ class _Problem(NamedTuple):
     @property
     def sums_keys_again(self) -> bool:
         """Whether the backward pass does: the state would be about as large as keys and values are."""
-        if self.signs == 2:
-            return self.whole_signed
         return self.short and not self.softmax and self.longest <= 2 * self.q.shape[3]
-
-    @property
-    def whole_signed(self) -> bool:
-        """Whether one launch a direction is fastest for signed powers."""
-        return (
-            self.signs == 2 and self.cu_seqlens is None and self.longest <= 256 and self.q.dtype == torch.bfloat16
-            and max(self.q.shape[3], self.v.shape[3]) <= 64
-        )  # fmt: skip
 
     @property
     def single(self) -> bool:
@@ -243,7 +232,9 @@ def _split(kernel, problem: _Problem, length: int) -> int:
 
 def _fits(kernel, problem: _Problem) -> bool:
     """Whether one launch, with a program for each sequence, is fastest: work enough for all, and not too much code."""
-    if problem.softmax or problem.signs == 2:
+    if problem.signs == 2:
+        return kernel is signed_forward_kernel and problem.short and problem.q.dtype == torch.bfloat16
+    if problem.softmax:
         return False
     if kernel is backward_kernel and (problem.rope is not None or problem.parameter is not None):
         return False
@@ -286,6 +277,25 @@ def _row_numbers(p: _Problem) -> dict:
     return dict(rows_ptr=p.new_empty(4, B, H, rows), rows_strides=(H * rows, rows, 1, B * H * rows))
 
 
+def _sum_few(record: Record, partial: Tensor) -> Tensor:
+    """As ``_reduce``, but leaves the first dimension where those that read its few arrays can as well add them up."""
+    return partial if partial.shape[0] <= 3 else _reduce(record, partial)[None]
+
+
+def _signed_forward(p: _Problem, arguments: dict, keep_state: bool) -> Tensor | None:
+    """The launches for signed powers; the state, if it is kept."""
+    splits = _split(signed_state_kernel, p, p.k.shape[2])
+    partial = p.empty_state(splits)
+    _launch(signed_state_kernel, p, arguments | dict(state_ptr=partial), splits)
+    partial = _sum_few(p.record, partial)
+    state = p.saved_state() if keep_state and partial.shape[0] > 1 else None
+    arguments |= dict(partial_ptr=partial, splits=partial.shape[0], state_ptr=state)
+    _launch(signed_output_kernel, p, arguments, _split(signed_output_kernel, p, p.q.shape[2]))
+    if state is None and keep_state and not p.sums_keys_again:
+        return partial[0]
+    return state
+
+
 def record_forward(
     record: Record, ratios: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None,
     q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None,
@@ -299,24 +309,23 @@ def record_forward(
     if p.single:
         _launch(single_forward_kernel, p, arguments)
         return o, None
-    if p.whole_signed:
-        _launch(signed_forward_kernel, p, arguments)
-        return o, None
-    if _fits(forward_kernel, p):
+    whole = forward_kernel if p.signs == 1 else signed_forward_kernel
+    if _fits(whole, p):
         state = p.saved_state() if keep_state else None
-        _launch(forward_kernel, p, arguments | dict(state_ptr=state))
+        _launch(whole, p, arguments | dict(state_ptr=state))
         return o, state
     if p.softmax:
         query_splits = _split(query_sum_kernel, p, p.q.shape[2])
         query_sums = p.new_empty(query_splits, *p.q.shape[:2], p.q.shape[3])
         arguments |= dict(query_sum_ptr=query_sums, query_splits=query_splits)
         _launch(query_sum_kernel, p, arguments, query_splits)
-    sums, output = (state_kernel, output_kernel) if p.signs == 1 else (signed_state_kernel, signed_output_kernel)
-    splits = _split(sums, p, p.k.shape[2])
+    if p.signs == 2:
+        return o, _signed_forward(p, arguments, keep_state)
+    splits = _split(state_kernel, p, p.k.shape[2])
     state = p.empty_state(splits)
-    _launch(sums, p, arguments | dict(state_ptr=state), splits)
+    _launch(state_kernel, p, arguments | dict(state_ptr=state), splits)
     state = _merge(state, query_sums, p) if p.softmax else _reduce(record, state)
-    _launch(output, p, arguments | dict(state_ptr=state), _split(output, p, p.q.shape[2]))
+    _launch(output_kernel, p, arguments | dict(state_ptr=state), _split(output_kernel, p, p.q.shape[2]))
     return o, state if keep_state and not p.sums_keys_again else None
 
 
@@ -348,8 +357,7 @@ def record_backward(
     dwq = p.empty_like(p.query_weight)
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
-    signed_whole = p.whole_signed and keys
-    whole = p.single or signed_whole or keys and _fits(backward_kernel, p)
+    whole = p.single or keys and _fits(backward_kernel, p)
     signed = p.signs == 2
     query_splits = 1 if whole else _split(signed_query_kernel if signed else query_gradient_kernel, p, q.shape[2])
     key_kernel = signed_key_kernel if signed else key_gradient_kernel
@@ -365,10 +373,7 @@ def record_backward(
         da_queries, da_keys = da[: rows[0]], da[rows[0] :]
     if whole:
         arguments |= dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries)
-        if signed_whole and not p.single:
-            arguments |= _row_numbers(p)
-        kernel = single_backward_kernel if p.single else signed_backward_kernel if signed_whole else backward_kernel
-        _launch(kernel, p, arguments)
+        _launch(single_backward_kernel if p.single else backward_kernel, p, arguments)
         return *gradients, dqd, dkd, da, dwq, dwk
     if p.sums_keys_again:
         state = p.empty_state(1)[0]
@@ -385,12 +390,12 @@ def record_backward(
         _launch(signed_sum_kernel, p, arguments, query_splits)
         _launch(signed_query_kernel, p, arguments, query_splits)
         if keys:
-            arguments |= dict(d_state_ptr=_reduce(record, d_state), da_ptr=da_keys)
+            d_state = _sum_few(record, d_state)
+            arguments |= dict(d_state_ptr=d_state, splits=d_state.shape[0], da_ptr=da_keys)
             _launch(signed_key_kernel, p, arguments, key_splits)
         return *gradients, dqd, dkd, da, dwq, dwk
-    else:
-        apart = keys and p.softmax  # the keys' weights depend on all queries
-        _launch(query_gradient_kernel, p, arguments | dict(SUMS=keys, GRADIENT=not apart), query_splits)
+    apart = keys and p.softmax  # the keys' weights depend on all queries
+    _launch(query_gradient_kernel, p, arguments | dict(SUMS=keys, GRADIENT=not apart), query_splits)
     if keys:
         outputs = dict(d_state_ptr=_reduce(record, d_state), da_ptr=da_queries if focusing else da_keys)
         _launch(key_gradient_kernel, p, arguments | outputs, key_splits)

@@ -27,9 +27,9 @@ from flash_bla.ops.triton_tiles import (
     _identity,
     _load_parameter,
     _load_weight,
+    _mask_heads,
     _next,
     _place,
-    _rounded,
     _split_at,
     _start,
     _store_weight,
@@ -37,30 +37,42 @@ from flash_bla.ops.triton_tiles import (
     _tile,
     _to_columns,
     _to_product_layout,
+    _vector_columns,
     _zeros,
     _zeros3,
 )
 
-# --- tiles of both parts ----------------------------------------------------------------------------------------------
+
+@jit
+def _rounded(p, OPERAND: tl.constexpr):
+    """The number that the operand p is; to convert it there and back takes four times as long."""
+    if OPERAND == tl.bfloat16:
+        return ((p.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        return p.to(OPERAND).to(tl.float32)
+
+
+# --- pairs of tiles, one for each part --------------------------------------------------------------------------------
 
 
 @jit
-def _side_by_side(plus, minus):
-    """Two tiles (rows, columns) as one, (rows, 2 columns)."""
-    both = tl.permute(tl.join(plus, minus), (0, 2, 1))
-    return tl.reshape(both, plus.shape[0], 2 * plus.shape[1])
+def _products(x, pair, sums, PRECISION: tl.constexpr):
+    """x times each of a pair, added to those sums, if any."""
+    if sums is None:
+        return tl.dot(x, pair[0], input_precision=PRECISION), tl.dot(x, pair[1], input_precision=PRECISION)
+    else:
+        plus = tl.dot(x, pair[0], sums[0], input_precision=PRECISION)
+        return plus, tl.dot(x, pair[1], sums[1], input_precision=PRECISION)
 
 
 @jit
-def _apart(x):
-    """The reverse of ``_side_by_side``."""
-    return tl.split(tl.permute(tl.reshape(x, x.shape[0], 2, x.shape[1] // 2), (0, 2, 1)))
+def _product(features, pair, total, PRECISION: tl.constexpr):
+    """F times what has both parts as its rows, added to the total."""
+    total = tl.dot(features[0], pair[0], total, input_precision=PRECISION)
+    return tl.dot(features[1], pair[1], total, input_precision=PRECISION)
 
 
-@jit
-def _features(p, OPERAND: tl.constexpr):
-    plus, minus = fast_rounded_parts(p, OPERAND, False)
-    return _side_by_side(plus, minus)
+# --- states -----------------------------------------------------------------------------------------------------------
 
 
 @jit
@@ -76,131 +88,94 @@ def _times_halves(x, first, second, C: tl.constexpr):
 
 
 @jit
-def _part_columns(head, heads, C: tl.constexpr):
-    """Part (0 or 1), head (from the group's first) and channel of each column of F, and whether it exists."""
-    column = tl.arange(0, 2 * C.BLOCK_D)
-    part, column = column // C.BLOCK_D, column % C.BLOCK_D
-    h, channel = column // (C.BLOCK_D // C.GROUP), column % (C.BLOCK_D // C.GROUP)
-    return part, h, channel, (channel < C.D) & (head + h < heads)
-
-
-@jit
-def _state_offsets(part, head, heads, C: tl.constexpr):
-    """Offsets of R (BLOCK_DV, 2 BLOCK_D) and of r from the first head's, and which exist."""
-    _, h, d, exists = _part_columns(head, heads, C)
+def _state_offsets(head, heads, C: tl.constexpr):
+    """Offsets of R's first part from the first head's, of r's, and which exist; the others come (DV + 1) D later."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    offsets = (((hv * 2)[:, None] + part) * (C.DV + 1) + c[:, None]) * C.D + d[None, :]
+    offsets = ((hv * (2 * (C.DV + 1)) + c) * C.D)[:, None] + d[None, :]
     mask = exists_v[:, None] & exists[None, :] & (hv[:, None] == h[None, :])
-    return offsets, mask
+    return offsets, mask, (h * (2 * (C.DV + 1)) + C.DV) * C.D + d, exists
 
 
 @jit
-def _vector_offsets(part, head, heads, C: tl.constexpr):
-    _, h, d, exists = _part_columns(head, heads, C)
-    return ((h * 2 + part) * (C.DV + 1) + C.DV) * C.D + d, exists
-
-
-@jit
-def _load_swapped(state_ptr, at, head, heads, C: tl.constexpr):
-    """R', and r' of the first half of the values' columns and of the second, for the ``at``-th head's group."""
-    part, _, _, _ = _part_columns(head, heads, C)
-    first = _first_half(C)[:, None]
+def _load(state_ptr, at, splits, head, heads, C: tl.constexpr):
+    """R and r of the group whose first head is the ``at``-th, their parts one after the other, summed over splits."""
+    offsets, mask, vector_offsets, exists = _state_offsets(head, heads, C)
     state_ptr += at * (2 * (C.DV + 1) * C.D)
-    offsets, mask = _state_offsets(tl.where(first, part[None, :], 1 - part[None, :]), head, heads, C)
-    states = tl.load(state_ptr + offsets, mask=mask, other=0.0)
-    states = tl.where(first, states, -states)
-    offsets, exists = _vector_offsets(part, head, heads, C)
-    equal = tl.load(state_ptr + offsets, mask=exists, other=0.0)
-    offsets, exists = _vector_offsets(1 - part, head, heads, C)
-    return states, equal, -tl.load(state_ptr + offsets, mask=exists, other=0.0)
+    plus, minus = _zeros(C.BLOCK_DV, C.BLOCK_D), _zeros(C.BLOCK_DV, C.BLOCK_D)
+    r_plus, r_minus = tl.sum(_zeros(1, C.BLOCK_D), 0), tl.sum(_zeros(1, C.BLOCK_D), 0)
+    for _ in range(splits):
+        other_ptr = state_ptr + (C.DV + 1) * C.D
+        plus += tl.load(state_ptr + offsets, mask=mask, other=0.0)
+        minus += tl.load(other_ptr + offsets, mask=mask, other=0.0)
+        r_plus += tl.load(state_ptr + vector_offsets, mask=exists, other=0.0)
+        r_minus += tl.load(other_ptr + vector_offsets, mask=exists, other=0.0)
+        state_ptr += (tl.num_programs(0) // tl.cdiv(heads, C.GROUP)).to(tl.int64) * heads * (2 * (C.DV + 1) * C.D)
+    return plus, minus, r_plus, r_minus
 
 
 @jit
-def _center(states, equal, opposite, C: tl.constexpr):
-    """R' - r' m, and the values' mean m = Σ φ(k) v / Σ φ(k)."""
-    part = tl.arange(0, 2 * C.BLOCK_D) // C.BLOCK_D
-    sign = tl.where(part == 0, 1.0, -1.0)
-    total = _head_sums(tl.abs(equal), C)
-    mean = tl.sum(sign[None, :] * states, 1)
-    mean = tl.where(total > 0.0, mean / total, 0.0)
-    moved = mean[:, None] * tl.where(_first_half(C)[:, None], equal[None, :], opposite[None, :])
-    if C.GROUP > 1:
-        column = tl.arange(0, 2 * C.BLOCK_D) % C.BLOCK_D
-        own = (tl.arange(0, C.BLOCK_DV) // (C.BLOCK_DV // C.GROUP))[:, None] == (column // (C.BLOCK_D // C.GROUP))
-        moved = tl.where(own, moved, 0.0)
-    return states - moved, mean
-
-
-@jit
-def _head_sums(x, C: tl.constexpr):
-    """The sum of each head's columns, (2 BLOCK_D), for each of the values' columns."""
-    x = tl.sum(tl.reshape(x, 2, C.GROUP, C.BLOCK_D // C.GROUP), 2)
-    x = tl.broadcast_to(tl.sum(x, 0)[:, None], C.GROUP, C.BLOCK_DV // C.GROUP)
-    return tl.reshape(x, C.BLOCK_DV)
-
-
-@jit
-def _swapped(states, plus, minus, C: tl.constexpr):
-    """R' and both r' of R and the parts of r, and the reverse."""
-    first = _first_half(C)[:, None]
-    left, right = _apart(states)
-    states = _side_by_side(tl.where(first, left, -right), tl.where(first, right, -left))
-    return states, _one_after_other(plus, minus), _one_after_other(-minus, -plus)
-
-
-@jit
-def _one_after_other(plus, minus):
-    return tl.reshape(tl.permute(tl.join(plus, minus), (1, 0)), 2 * plus.shape[0])
-
-
-@jit
-def _own_head(states, C: tl.constexpr):
-    """Zero where a row and a column of R are not of the same head."""
-    if C.GROUP == 1:
-        return states
-    else:
-        column = tl.arange(0, 2 * C.BLOCK_D) % C.BLOCK_D
-        own = (tl.arange(0, C.BLOCK_DV) // (C.BLOCK_DV // C.GROUP))[:, None] == (column // (C.BLOCK_D // C.GROUP))
-        return tl.where(own, states, 0.0)
-
-
-@jit
-def _store(state_ptr, at, head, heads, states, C: tl.constexpr):
-    part, _, _, _ = _part_columns(head, heads, C)
-    offsets, mask = _state_offsets(part[None, :], head, heads, C)
-    tl.store(state_ptr + at * (2 * (C.DV + 1) * C.D) + offsets, states, mask=mask)
+def _store_states(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
+    offsets, mask, _, _ = _state_offsets(head, heads, C)
+    state_ptr += at * (2 * (C.DV + 1) * C.D) + offsets
+    tl.store(state_ptr, plus, mask=mask)
+    tl.store(state_ptr + (C.DV + 1) * C.D, minus, mask=mask)
 
 
 @jit
 def _store_vectors(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
-    """r, whose parts are (BLOCK_D)."""
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    state_ptr += at * (2 * (C.DV + 1) * C.D) + (h * 2 * (C.DV + 1) + C.DV) * C.D + d
+    _, _, offsets, exists = _state_offsets(head, heads, C)
+    state_ptr += at * (2 * (C.DV + 1) * C.D) + offsets
     tl.store(state_ptr, plus, mask=exists)
     tl.store(state_ptr + (C.DV + 1) * C.D, minus, mask=exists)
+
+
+@jit
+def _swapped(plus, minus, C: tl.constexpr):
+    """R' of R, and R of R'."""
+    first = _first_half(C)[:, None]
+    return tl.where(first, plus, -minus), tl.where(first, minus, -plus)
+
+
+@jit
+def _center(plus, minus, r_plus, r_minus, C: tl.constexpr):
+    """R' - r' m, and the values' mean m = Σ φ(k) v / Σ φ(k)."""
+    total = _by_head((r_plus - r_minus)[None, :], C)
+    total = tl.reshape(tl.broadcast_to(_to_columns_v(total, C), 1, C.BLOCK_DV), C.BLOCK_DV)
+    mean = tl.sum(plus, 1) - tl.sum(minus, 1)
+    mean = tl.where(total > 0.0, mean / total, 0.0)
+    first = _first_half(C)[:, None]
+    plus -= mean[:, None] * tl.where(first, r_plus[None, :], -r_minus[None, :])
+    minus -= mean[:, None] * tl.where(first, r_minus[None, :], -r_plus[None, :])
+    return _mask_heads(plus, C), _mask_heads(minus, C), mean
+
+
+@jit
+def _to_columns_v(x, C: tl.constexpr):
+    """A number for each head, (1, GROUP), to the values' columns."""
+    if C.GROUP == 1:
+        return x
+    else:
+        x = tl.broadcast_to(x[:, :, None], 1, C.GROUP, C.BLOCK_DV // C.GROUP)
+        return tl.reshape(x, 1, C.BLOCK_DV)
 
 
 # --- products with vectors: columns (head, part of the number, half), see ``_vector_operand`` -------------------------
 
 
 @jit
-def _vector_operands(equal, opposite, OPERAND: tl.constexpr, C: tl.constexpr):
-    """r' as what F is multiplied with, (2 BLOCK_D, 16)."""
+def _vector_operands(plus, minus, OPERAND: tl.constexpr, C: tl.constexpr):
+    """r' as what F is multiplied with, the parts (BLOCK_D, 16)."""
     column = tl.arange(0, 16)
-    x = tl.where((column % 2 == 0)[None, :], equal[:, None], opposite[:, None])
-    if C.GROUP > 1:
-        head = tl.arange(0, 2 * C.BLOCK_D) % C.BLOCK_D // (C.BLOCK_D // C.GROUP)
-        x = tl.where(head[:, None] == (column // (16 // C.GROUP))[None, :], x, 0.0)
-    part = column % (16 // C.GROUP) // 2
-    rounded = x.to(OPERAND)
-    rest = (x - rounded.to(tl.float32)).to(OPERAND)
-    return tl.where((part == 0)[None, :], rounded, tl.where((part == 1)[None, :], rest, 0.0))
+    first, part = (column % 2 == 0)[None, :], column % (16 // C.GROUP) // 2
+    above = _vector_columns(tl.where(first, plus[:, None], -minus[:, None]), part, C.BLOCK_D, OPERAND, C)
+    return above, _vector_columns(tl.where(first, minus[:, None], -plus[:, None]), part, C.BLOCK_D, OPERAND, C)
 
 
 @jit
-def _denominators(features, operand, eps, PRECISION: tl.constexpr, C: tl.constexpr):
+def _denominators(features, vectors, eps, PRECISION: tl.constexpr, C: tl.constexpr):
     """n of the first half of the values' columns, and of the second: (rows, GROUP)."""
-    products = tl.dot(features, operand, input_precision=PRECISION)
+    products = _product(features, vectors, _zeros(C.BLOCK_N, 16), PRECISION)
     first, second = tl.split(tl.reshape(products, C.BLOCK_N, C.GROUP, 8 // C.GROUP, 2))
     return tl.sum(first, 2) + eps, tl.sum(second, 2) + eps
 
@@ -213,8 +188,8 @@ def _weights(first, second, OPERAND: tl.constexpr, C: tl.constexpr):
 
 
 @jit
-def _all_rows(x, OPERAND: tl.constexpr):
-    """A vector as the operand (16, its length) of which ``_repeated`` makes a tile whose rows all are that vector."""
+def _row_operand(x, OPERAND: tl.constexpr):
+    """A vector as the operand (16, its length), which ones multiply to a tile whose rows all are that vector."""
     rounded = x.to(OPERAND)
     rest = (x - rounded.to(tl.float32)).to(OPERAND)
     row = tl.arange(0, 16)[:, None]
@@ -222,8 +197,8 @@ def _all_rows(x, OPERAND: tl.constexpr):
 
 
 @jit
-def _repeated(operand, PRECISION: tl.constexpr, C: tl.constexpr):
-    return tl.dot(tl.full((C.BLOCK_N, 16), 1.0, operand.dtype), operand, input_precision=PRECISION)
+def _ones(OPERAND: tl.constexpr, C: tl.constexpr):
+    return tl.full((C.BLOCK_N, 16), 1.0, OPERAND)
 
 
 @jit
@@ -243,7 +218,7 @@ def _sum_keys(
     end, count, scale,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """R, and the parts of r."""
+    """The parts of R and r."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
@@ -253,7 +228,7 @@ def _sum_keys(
     if C.KEY_WEIGHT:
         wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
     a = _load_parameter(a_ptr, head, heads, C)
-    states = _zeros(C.BLOCK_DV, 2 * C.BLOCK_D)
+    states = (_zeros(C.BLOCK_DV, C.BLOCK_D), _zeros(C.BLOCK_DV, C.BLOCK_D))
     magnitudes, sums = _zeros(16, C.BLOCK_D), _zeros(16, C.BLOCK_D)
     for start in range(begin, end, C.BLOCK_N):
         inside = start + tl.arange(0, C.BLOCK_N) < end
@@ -266,7 +241,7 @@ def _sum_keys(
         p = PHI(k, a, C.EXPONENT)
         if C.KEY_WEIGHT:
             p *= _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
-        states = tl.dot(tl.trans(v), _features(p, OPERAND), states, input_precision=PRECISION)
+        states = _products(tl.trans(v), fast_rounded_parts(p, OPERAND, False), states, PRECISION)
         if C.FEW:  # of few tokens r must sum features rounded as those that R sums
             p = _rounded(p, OPERAND)
         magnitudes += _by_sixteenth(tl.abs(p), C)
@@ -278,12 +253,14 @@ def _sum_keys(
     if C.MEAN:
         scale = one
     magnitudes, sums = tl.sum(magnitudes, 0) * (0.5 * one), tl.sum(sums, 0) * (0.5 * one)
-    return _own_head(states * scale, C), sums + magnitudes, sums - magnitudes
+    plus, minus = states
+    plus, minus = _mask_heads(plus * scale, C), _mask_heads(minus * scale, C)
+    return plus, minus, sums + magnitudes, sums - magnitudes
 
 
 @jit
 def _write_output(
-    q_ptr, q_strides, o_ptr, o_strides, a_ptr, states, equal, opposite, batch, head, heads, first, begin, end, eps,
+    q_ptr, q_strides, o_ptr, o_strides, a_ptr, plus, minus, r_plus, r_minus, batch, head, heads, first, begin, end, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
@@ -292,14 +269,14 @@ def _write_output(
     o_ptr, o_tile = _tile(o_ptr, o_strides, batch, head, first + begin, hv, c, C)
     a = _load_parameter(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
-    states = tl.trans(states.to(OPERAND))
-    vectors = _vector_operands(equal, opposite, OPERAND, C)
+    states = tl.trans(plus.to(OPERAND)), tl.trans(minus.to(OPERAND))
+    vectors = _vector_operands(r_plus, r_minus, OPERAND, C)
     for start in range(begin, end, C.BLOCK_N):
         inside = start + tl.arange(0, C.BLOCK_N) < end
         q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
-        features = _features(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND)
+        features = fast_rounded_parts(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND, False)
         first_half, second_half = _denominators(features, vectors, eps, PRECISION, C)
-        o = tl.dot(features, states, input_precision=PRECISION)
+        o = _product(features, states, _zeros(C.BLOCK_N, C.BLOCK_DV), PRECISION)
         o = _times_halves(o, 1.0 / first_half, 1.0 / second_half, C)
         tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
@@ -307,7 +284,7 @@ def _write_output(
 
 @jit
 def _sum_queries(
-    q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, states, equal, opposite, mean,
+    q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, plus, minus, r_plus, r_minus, mean,
     batch, head, heads, first, begin, end, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -319,21 +296,22 @@ def _sum_queries(
     i_ptr, j_ptr, s_ptr, t_ptr = _row_numbers(rows_ptr, rows_strides, batch, head, first + begin)
     a = _load_parameter(a_ptr, head, heads, C)
     identity, identity_v = _identity(C.BLOCK_D, OPERAND, OPERAND), _identity(C.BLOCK_DV, OPERAND, OPERAND)
-    states = tl.trans(states.to(OPERAND))
-    vectors = _vector_operands(equal, opposite, OPERAND, C)
-    moved = _all_rows(-eps * mean, OPERAND)
-    d_states = _zeros(C.BLOCK_DV, 2 * C.BLOCK_D)
+    states = tl.trans(plus.to(OPERAND)), tl.trans(minus.to(OPERAND))
+    vectors = _vector_operands(r_plus, r_minus, OPERAND, C)
+    moved = _row_operand(-eps * mean, OPERAND)
+    d_states = (_zeros(C.BLOCK_DV, C.BLOCK_D), _zeros(C.BLOCK_DV, C.BLOCK_D))
     for start in range(begin, end, C.BLOCK_N):
         inside = start + tl.arange(0, C.BLOCK_N) < end
         q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
         do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0)
-        features = _features(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND)
+        features = fast_rounded_parts(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND, False)
         one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
         first_half, second_half = _denominators(features, vectors, one, PRECISION, C)
         first_half, second_half = 1.0 / first_half, 1.0 / second_half
-        o = tl.dot(features, states, _repeated(moved, PRECISION, C), input_precision=PRECISION)
+        o = tl.dot(_ones(OPERAND, C), moved, input_precision=PRECISION)
+        o = _product(features, states, o, PRECISION)
         dn = _times_halves(_to_product_layout(do, identity_v, OPERAND), first_half, second_half, C)
-        d_states = tl.dot(tl.trans(dn.to(OPERAND)), features, d_states, input_precision=PRECISION)
+        d_states = _products(tl.trans(dn.to(OPERAND)), features, d_states, PRECISION)
         o *= dn
         is_first = _first_half(C)[None, :]
         weight, other = _both_by_head(tl.where(is_first, o, 0.0), tl.where(is_first, 0.0, o), C)
@@ -344,13 +322,14 @@ def _sum_queries(
         q_ptr, do_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C)
         i_ptr, j_ptr = _next(i_ptr, rows_strides, C), _next(j_ptr, rows_strides, C)
         s_ptr, t_ptr = _next(s_ptr, rows_strides, C), _next(t_ptr, rows_strides, C)
-    return d_states
+    d_plus, d_minus = d_states
+    return _mask_heads(d_plus, C), _mask_heads(d_minus, C)
 
 
 @jit
 def _differentiate_queries(
     q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides,
-    states, equal, opposite, batch, head, heads, first, begin, end,
+    plus, minus, r_plus, r_minus, batch, head, heads, first, begin, end,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -363,8 +342,9 @@ def _differentiate_queries(
     i_ptr, j_ptr, s_ptr, t_ptr = _row_numbers(rows_ptr, rows_strides, batch, head, first + begin)
     a = _load_parameter(a_ptr, head, heads, C)
     identity, identity_v = _identity(C.BLOCK_D, OPERAND, OPERAND), _identity(C.BLOCK_DV, OPERAND, OPERAND)
-    states = states.to(OPERAND)
-    vectors = tl.trans(_vector_operands(equal, opposite, OPERAND, C))
+    states = plus.to(OPERAND), minus.to(OPERAND)
+    vectors = _vector_operands(r_plus, r_minus, OPERAND, C)
+    vectors = tl.trans(vectors[0]), tl.trans(vectors[1])
     zero = tl.minimum(end, 0).to(tl.int32)
     magnitudes = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     sums = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
@@ -379,11 +359,11 @@ def _differentiate_queries(
         dn = _times_halves(_to_product_layout(do, identity_v, OPERAND), inverse, other, C).to(OPERAND)
         weight = _load_weight(s_ptr, rows_strides, head, heads, inside, 0.0, C)
         other = _load_weight(t_ptr, rows_strides, head, heads, inside, 0.0, C)
-        d_features = tl.dot(_weights(weight, other, OPERAND, C), vectors, input_precision=PRECISION)
-        d_features = tl.dot(dn, states, d_features, input_precision=PRECISION)
+        d_features = _products(_weights(weight, other, OPERAND, C), vectors, None, PRECISION)
+        d_features = _products(dn, states, d_features, PRECISION)
         q = _to_product_layout(q, identity, OPERAND)
-        plus, minus = _apart(d_features)
-        dq = tl.where(q > 0.0, plus, minus) * PHI_DX(q, 0.0, a, C.EXPONENT)
+        d_plus, d_minus = d_features
+        dq = tl.where(q > 0.0, d_plus, d_minus) * PHI_DX(q, 0.0, a, C.EXPONENT)
         tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=mask)
         da = computed_here(_add_products(da, dq, PHI_DA(q, 0.0, a, C.EXPONENT), C), zero)  # zero where there is no row
         p = PHI(q, a, C.EXPONENT)
@@ -399,7 +379,8 @@ def _differentiate_queries(
 @jit
 def _differentiate_keys(
     k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,
-    dv_strides, dwk_ptr, dwk_strides, d_states, d_vectors, mean, batch, head, heads, first, begin, end, count, scale,
+    dv_strides, dwk_ptr, dwk_strides, d_plus, d_minus, dr_plus, dr_minus, mean, batch, head, heads, first, begin, end,
+    count, scale,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -419,11 +400,15 @@ def _differentiate_keys(
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
-        d_states, d_vectors, one = d_states * one, d_vectors * one, 1.0
-    d_states = d_states.to(OPERAND)
+        d_plus, d_minus, dr_plus, dr_minus, one = d_plus * one, d_minus * one, dr_plus * one, dr_minus * one, 1.0
+    d_plus, d_minus = _rounded(d_plus, OPERAND), _rounded(d_minus, OPERAND)
     # (v - m) dRᵀ = v dRᵀ - m dRᵀ with the same rounded dR: the mean cancels although v enters the product as it is
-    moved = (d_vectors - tl.sum(mean[:, None] * d_states.to(tl.float32), 0)) * one
-    moved = _all_rows(moved, OPERAND)
+    dr_plus = (dr_plus - tl.sum(mean[:, None] * d_plus, 0)) * one
+    dr_minus = (dr_minus - tl.sum(mean[:, None] * d_minus, 0)) * one
+    d_plus, d_minus = d_plus.to(OPERAND), d_minus.to(OPERAND)
+    vectors = _row_operand(dr_plus, OPERAND), _row_operand(dr_minus, OPERAND)
+    d_states = d_plus, d_minus
+    transposed = tl.trans(d_plus), tl.trans(d_minus)
     zero = tl.minimum(end, 0).to(tl.int32)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     for start in range(begin, end, C.BLOCK_N):
@@ -432,15 +417,17 @@ def _differentiate_keys(
         k = tl.load(k_ptr + k_tile, mask=mask, other=0.0)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         if C.MEAN:
-            d_features = tl.dot(v, d_states, _repeated(moved, PRECISION, C), input_precision=PRECISION)
+            d_features = _products(_ones(OPERAND, C), vectors, None, PRECISION)
+            dk_plus, dk_minus = _products(v, d_states, d_features, PRECISION)
         else:
-            d_features = tl.dot(v, d_states, input_precision=PRECISION) * scale + _repeated(moved, PRECISION, C)
+            dk_plus, dk_minus = _products(v, d_states, None, PRECISION)
+            plus, minus = _products(_ones(OPERAND, C), vectors, None, PRECISION)
+            dk_plus, dk_minus = dk_plus * scale + plus, dk_minus * scale + minus
         k = _to_product_layout(k, identity, OPERAND)
         if e_ptr is not None:
             k += _to_product_layout(tl.load(e_ptr + e_tile, mask=mask, other=0.0), identity, OPERAND)
             e_ptr = _next(e_ptr, e_strides, C)
-        plus, minus = _apart(d_features)
-        dp = tl.where(k > 0.0, plus, minus)
+        dp = tl.where(k > 0.0, dk_plus, dk_minus)
         p = PHI(k, a, C.EXPONENT)
         if C.KEY_WEIGHT:
             w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
@@ -451,7 +438,8 @@ def _differentiate_keys(
         dk = dp * PHI_DX(k, 0.0, a, C.EXPONENT)
         tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=mask)
         da = computed_here(_add_products(da, dk, PHI_DA(k, 0.0, a, C.EXPONENT), C), zero)
-        dv = tl.dot(_features(p, OPERAND), tl.trans(d_states), input_precision=PRECISION)
+        dv = _zeros(C.BLOCK_N, C.BLOCK_DV)
+        dv = _product(fast_rounded_parts(p, OPERAND, False), transposed, dv, PRECISION)
         if not C.MEAN:
             dv *= scale
         tl.store(dv_ptr + dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=v_mask)
@@ -488,27 +476,36 @@ def signed_state_kernel(
     heads, scale,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    """R and r of one split of the keys."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    states, plus, minus = _sum_keys(
+    plus, minus, r_plus, r_minus = _sum_keys(
         k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, first,
         begin, end, count, scale, PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
     at = _split_at(sequence, heads, C) + head
-    _store(state_ptr, at, head, heads, states, C)
-    _store_vectors(state_ptr, at, head, heads, plus, minus, C)
+    _store_states(state_ptr, at, head, heads, plus, minus, C)
+    _store_vectors(state_ptr, at, head, heads, r_plus, r_minus, C)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def signed_output_kernel(
-    q_ptr, q_strides, o_ptr, o_strides, a_ptr, cu_seqlens, state_ptr, query_length, heads, eps,
+    q_ptr, q_strides, o_ptr, o_strides, a_ptr, cu_seqlens, partial_ptr, splits, state_ptr,
+    query_length, heads, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    """The output of one split of the queries; the first one's program also writes the state, if it is kept."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    states, equal, opposite = _load_swapped(state_ptr, sequence * heads + head, head, heads, C)
+    at = sequence * heads + head
+    plus, minus, r_plus, r_minus = _load(partial_ptr, at, splits, head, heads, C)
+    if state_ptr is not None:
+        if tl.program_id(1) == 0:
+            _store_states(state_ptr, at, head, heads, plus, minus, C)
+            _store_vectors(state_ptr, at, head, heads, r_plus, r_minus, C)
+    plus, minus = _swapped(plus, minus, C)
     _write_output(
-        q_ptr, q_strides, o_ptr, o_strides, a_ptr, states, equal, opposite, batch, head, heads, first, begin, end,
+        q_ptr, q_strides, o_ptr, o_strides, a_ptr, plus, minus, r_plus, r_minus, batch, head, heads, first, begin, end,
         eps, PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
 
@@ -523,16 +520,17 @@ def signed_sum_kernel(
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
-    states, equal, opposite = _load_swapped(state_ptr, at, head, heads, C)
-    states, mean = _center(states, equal, opposite, C)
+    plus, minus, r_plus, r_minus = _load(state_ptr, at, 1, head, heads, C)
+    plus, minus = _swapped(plus, minus, C)
+    plus, minus, mean = _center(plus, minus, r_plus, r_minus, C)
     if tl.program_id(1) == 0:
         hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
         tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
-    d_states = _sum_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, states, equal, opposite, mean, batch,
+    d_plus, d_minus = _sum_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, plus, minus, r_plus, r_minus, mean, batch,
         head, heads, first, begin, end, eps, PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
-    _store(d_state_ptr, _split_at(sequence, heads, C) + head, head, heads, _own_head(d_states, C), C)
+    _store_states(d_state_ptr, _split_at(sequence, heads, C) + head, head, heads, d_plus, d_minus, C)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -545,14 +543,15 @@ def signed_query_kernel(
     """dq of one split of the queries, dr, and terms of the power's gradient."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    states, equal, opposite = _load_swapped(state_ptr, sequence * heads + head, head, heads, C)
-    states, _ = _center(states, equal, opposite, C)
-    plus, minus, da = _differentiate_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, states, equal,
-        opposite, batch, head, heads, first, begin, end, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+    plus, minus, r_plus, r_minus = _load(state_ptr, sequence * heads + head, 1, head, heads, C)
+    plus, minus = _swapped(plus, minus, C)
+    plus, minus, _ = _center(plus, minus, r_plus, r_minus, C)
+    dr_plus, dr_minus, da = _differentiate_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus,
+        r_plus, r_minus, batch, head, heads, first, begin, end, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
     )  # fmt: skip
     at = _split_at(sequence, heads, C) + head
-    _store_vectors(d_state_ptr, at, head, heads, plus, minus, C)
+    _store_vectors(d_state_ptr, at, head, heads, dr_plus, dr_minus, C)
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     tl.store(da_ptr + (at + h) * C.D + d, da, mask=exists)
 
@@ -560,7 +559,7 @@ def signed_query_kernel(
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def signed_key_kernel(
     k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cu_seqlens, d_state_ptr, mean_ptr,
-    dk_ptr, dk_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides, da_ptr, key_length, heads, scale,
+    dk_ptr, dk_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides, da_ptr, key_length, heads, splits, scale,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -570,11 +569,12 @@ def signed_key_kernel(
     at = sequence * heads + head
     hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     mean = tl.load(mean_ptr + (at + hv) * C.DV + c, mask=exists, other=0.0)
-    d_states, d_vectors, _ = _load_swapped(d_state_ptr, at, head, heads, C)
+    d_plus, d_minus, dr_plus, dr_minus = _load(d_state_ptr, at, splits, head, heads, C)
+    d_plus, d_minus = _swapped(d_plus, d_minus, C)
     da = _differentiate_keys(
         k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,
-        dv_strides, dwk_ptr, dwk_strides, d_states, d_vectors, mean, batch, head, heads, first, begin, end, count,
-        scale, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+        dv_strides, dwk_ptr, dwk_strides, d_plus, d_minus, dr_plus, dr_minus, mean, batch, head, heads, first, begin,
+        end, count, scale, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
     )  # fmt: skip
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     tl.store(da_ptr + (_split_at(sequence, heads, C) + head + h) * C.D + d, da, mask=exists)
@@ -583,52 +583,21 @@ def signed_key_kernel(
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def signed_forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, o_ptr, o_strides, a_ptr, wk_ptr, wk_strides,
-    query_length, key_length, heads, scale, eps,
+    state_ptr, query_length, key_length, heads, scale, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The whole forward pass of a sequence."""
-    _, batch, head, _, _ = _place(heads, None, key_length, C)
-    states, plus, minus = _sum_keys(
+    """The whole forward pass of a sequence; it keeps its state where there is a state_ptr."""
+    sequence, batch, head, _, _ = _place(heads, None, key_length, C)
+    plus, minus, r_plus, r_minus = _sum_keys(
         k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, 0, 0,
         key_length, key_length, scale, PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
-    states, equal, opposite = _swapped(states, plus, minus, C)
+    if state_ptr is not None:
+        at = sequence * heads + head
+        _store_states(state_ptr, at, head, heads, plus, minus, C)
+        _store_vectors(state_ptr, at, head, heads, r_plus, r_minus, C)
+    plus, minus = _swapped(plus, minus, C)
     _write_output(
-        q_ptr, q_strides, o_ptr, o_strides, a_ptr, states, equal, opposite, batch, head, heads, 0, 0, query_length,
+        q_ptr, q_strides, o_ptr, o_strides, a_ptr, plus, minus, r_plus, r_minus, batch, head, heads, 0, 0, query_length,
         eps, PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
-
-
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def signed_backward_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, do_ptr, do_strides, a_ptr, wk_ptr,
-    wk_strides, rows_ptr, rows_strides, dq_ptr, dq_strides, dk_ptr, dk_strides, dv_ptr, dv_strides, dwk_ptr,
-    dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """The whole backward pass of a sequence."""
-    sequence, batch, head, _, _ = _place(heads, None, key_length, C)
-    states, plus, minus = _sum_keys(
-        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, 0, 0,
-        key_length, key_length, scale, PHI, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    states, equal, opposite = _swapped(states, plus, minus, C)
-    states, mean = _center(states, equal, opposite, C)
-    d_states = _sum_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, states, equal, opposite, mean, batch,
-        head, heads, 0, 0, query_length, eps, PHI, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    tl.debug_barrier()  # other threads read the rows' numbers
-    plus, minus, da = _differentiate_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, states, equal,
-        opposite, batch, head, heads, 0, 0, query_length, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    d_states, d_vectors, _ = _swapped(_own_head(d_states, C), plus, minus, C)
-    da += _differentiate_keys(
-        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,
-        dv_strides, dwk_ptr, dwk_strides, d_states, d_vectors, mean, batch, head, heads, 0, 0, key_length, key_length,
-        scale, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    tl.store(da_ptr + (sequence * heads + head + h) * C.D + d, da, mask=exists)

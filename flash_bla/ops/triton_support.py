@@ -67,13 +67,16 @@ def _rounded_parts_nvidia(x, TYPE: tl.constexpr, MAGNITUDES: tl.constexpr):
 
 
 @jit
-def computed_here(x, zero):
-    """x, which is not to be computed later: meanwhile all that it comes from would take registers."""
+def same(x, zero):
     return x
 
 
 @jit
-def _computed_here_nvidia(x, zero):
+def _computed_here(x, zero):
+    """x, which is not to be computed later: meanwhile all that it comes from would take registers.
+
+    The store, which never happens, has to stay between its neighbours; ``zero`` is 0, which the compiler cannot know.
+    """
     return tl.inline_asm_elementwise(
         "{.reg .pred p; setp.ne.s32 p, $2, 0; @p st.shared.f32 [$2], $1; mov.f32 $0, $1;}", "=f,f,r", [x, zero],
         dtype=tl.float32, is_pure=False, pack=1,
@@ -97,11 +100,12 @@ def _prefetch_nvidia(pointers):
 if HAS_TRITON and not INTERPRETING and torch.version.hip is None:
     fast_log2 = tl.extra.cuda.libdevice.fast_log2f
     fast_rounded_parts = _rounded_parts_nvidia
-    computed_here = _computed_here_nvidia
+    computed_here = _computed_here
     prefetch = _prefetch_nvidia
 else:
     fast_log2 = log2
     fast_rounded_parts = rounded_parts
+    computed_here = same
 
 
 @jit

@@ -261,21 +261,15 @@ def _times_factor(state, z, factor, C: tl.constexpr):
 
 
 @jit
-def _rounded(p, OPERAND: tl.constexpr):
-    """The number that the operand p is; to convert it there and back takes four times as long."""
-    if OPERAND == tl.bfloat16:
-        return ((p.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-    else:
-        return p.to(OPERAND).to(tl.float32)
-
-
-@jit
-def _add_rows(z, features, OPERAND: tl.constexpr, C: tl.constexpr):
-    """z plus the features' sums over rows, in 16 parts.
+def _add_rows(z, features, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr):
+    """z plus the features' sums over rows: in each of 64 rows all of it for ``FEW``, and otherwise parts in 16.
 
     Of few tokens z must sum features rounded as those that S sums; of many the difference averages out.
     """
-    return z + _by_sixteenth(_rounded(features, OPERAND) if C.FEW else features, C)
+    if C.FEW:
+        return tl.dot(tl.full((64, C.BLOCK_N), 1.0, OPERAND), features.to(OPERAND), z, input_precision=PRECISION)
+    else:
+        return z + _by_sixteenth(features, C)
 
 
 # --- states -----------------------------------------------------------------------------------------------------------

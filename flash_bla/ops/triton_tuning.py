@@ -18,7 +18,6 @@ from flash_bla.ops.triton_kernels import (
     state_kernel,
 )
 from flash_bla.ops.triton_signed import (
-    signed_backward_kernel,
     signed_forward_kernel,
     signed_key_kernel,
     signed_output_kernel,
@@ -63,6 +62,8 @@ TUNING = {
     "rope": _PLAIN
     | {
         state_kernel: (Tuning(64, 4, 2, 128), Tuning(64, 4, 2, 128)),
+        query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
+        key_gradient_kernel: (Tuning(64, 3, 3, 168), Tuning(32, 2, 3, None)),
     },
     "focusing": _PLAIN
     | {
@@ -73,10 +74,9 @@ TUNING = {
         signed_state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         signed_output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         signed_sum_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
-        signed_query_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+        signed_query_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
         signed_key_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
-        signed_forward_kernel: (Tuning(64, 3, 2, 168), Tuning(64, 3, 2, 168)),
-        signed_backward_kernel: (Tuning(64, 2, 2, None), Tuning(64, 2, 2, None)),
+        signed_forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         single_forward_kernel: _PLAIN[single_forward_kernel],
         single_backward_kernel: _PLAIN[single_backward_kernel],
     },

@@ -19,8 +19,9 @@ from flash_bla.ops import triton_depthwise_conv as conv
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
 from flash_bla.ops import triton_piecewise_sparse as sparse
+from flash_bla.ops import triton_signed as signed
+from flash_bla.ops import triton_single as single
 from flash_bla.ops import triton_support as support
-from flash_bla.ops import triton_tiles as tiles
 from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios
 from flash_bla.ops.triton_support import Record, cdiv
@@ -173,7 +174,9 @@ def main(targets):
         hip = target.backend == "hip"
         feature_maps.fast_log2 = support.log2 if hip else support.fast_log2
         module.is_hopper = lambda device, hopper=name == "sm_90": hopper
-        tiles.fast_rounded_positive_part = support.rounded_positive_part if hip else support.fast_rounded_positive_part
+        for kernels in (signed, single):
+            kernels.fast_rounded_parts = support.rounded_parts if hip else support.fast_rounded_parts
+        signed.computed_here = support.same if hip else support.computed_here
         most, count = (0, ""), 0
         for label, dtype, run in runs:
             if name != "sm_90" and label.split(",")[0] in OF_ONE_TARGET and "D=256" not in label:
