@@ -61,7 +61,7 @@ TUNING = {
     "plain": _PLAIN,
     "rope": _PLAIN
     | {
-        state_kernel: (Tuning(64, 4, 2, 128), Tuning(64, 4, 2, 128)),
+        state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
         key_gradient_kernel: (Tuning(64, 3, 3, 168), Tuning(32, 2, 3, None)),
     },
