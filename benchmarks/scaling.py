@@ -19,6 +19,8 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +35,20 @@ CLASSES = 8
 
 def make_pictures(folder: Path, count: int, size: int) -> None:
     """Writes train/CLASS/NUMBER.jpg: a grating whose direction is the class, at a random place, under noise."""
-    rng = np.random.default_rng(0)
+    for label in range(CLASSES):
+        (folder / "train" / str(label)).mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(_make_picture, repeat(folder), range(count), repeat(size), chunksize=64))
+
+
+def _make_picture(folder: Path, number: int, size: int) -> None:
+    rng, label = np.random.default_rng(number), number % CLASSES
     y, x = np.mgrid[:size, :size] / size
-    for number in range(count):
-        label = number % CLASSES
-        angle, phase = np.pi * label / CLASSES, rng.uniform(0, 2 * np.pi)
-        wave = 128 + 60 * np.sin(40 * (np.cos(angle) * x + np.sin(angle) * y) + phase)
-        image = wave[..., None] + rng.normal(0, 40, (size, size, 3))
-        path = folder / "train" / str(label) / f"{number}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    angle, phase = np.pi * label / CLASSES, rng.uniform(0, 2 * np.pi)
+    wave = 128 + 60 * np.sin(40 * (np.cos(angle) * x + np.sin(angle) * y) + phase)
+    image = wave[..., None] + rng.normal(0, 40, (size, size, 3))
+    path = folder / "train" / str(label) / f"{number}.jpg"
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
 
 
 def train(processes: int, passes: int, folder: Path, flags: Sequence[str]) -> list[dict[str, str]]:
@@ -88,21 +94,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if not (pictures / "complete").exists():
         make_pictures(pictures, args.pictures, args.size)
         (pictures / "complete").touch()
-    flags = ["--model", "mlla_tiny", "--data-dir", str(pictures), "--val-split", "train", "--in-memory"]
-    flags += [
-        "--img-size",
-        str(args.size),
-        "--batch-size",
-        str(args.batch_size),
-        "--epochs",
-        "5",
-        "--warmup-epochs",
-        "1",
+    flags = [
+        "--model", "mlla_tiny", "--data-dir", str(pictures), "--val-split", "train", "--in-memory", "--img-size",
+        str(args.size), "--batch-size", str(args.batch_size), "--epochs", "5", "--warmup-epochs", "1",
+        "--eval-every", "99", "--no-preview", *passed_on,
     ]  # fmt: skip
-    flags += ["--eval-every", "99", "--no-preview", *passed_on]
-    logs = {
-        count: train(count, most // count, output / f"processes-{count}", flags) for count in args.processes
-    }  # fmt: skip
+    logs = {count: train(count, most // count, output / f"processes-{count}", flags) for count in args.processes}
     rows = table(logs)
     (output / "scaling.csv").write_text(csv_text(rows))
     for row in rows:
