@@ -213,7 +213,7 @@ def _signed_power_dx(x, phi, a, P: tl.constexpr):
 
 @jit
 def _signed_power_da(x, phi, a, P: tl.constexpr):
-    # times the derivative by x; log 2 and 1 / a are left to the kernels; the maximum's product with 0 is 0
+    # log 2 and 1 / a are left to the kernels; the maximum's product with 0 is 0
     return tl.maximum(fast_log2(tl.abs(x)), -1e30) * x
 
 
@@ -225,8 +225,8 @@ FEATURE_MAPS = {
     "signed_power": _signed_power,
 }
 
-# name: (value, derivative by x, derivative by the parameter, where the value is zero); the kernels take the third of
-# signed_power alone.
+# name: (value, derivative by x, what times that is the derivative by the parameter, where the value is zero); the
+# kernels take the third of signed_power alone.
 TRITON_FEATURE_MAPS = {
     "identity": (_identity_triton, _identity_dx, _identity_dx, 0.0),
     "relu": (_relu_triton, _relu_dx, _relu_dx, 0.0),

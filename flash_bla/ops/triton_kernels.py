@@ -46,7 +46,7 @@ results: where layouts differ, the compiler computes features once for each.
 from __future__ import annotations
 
 from flash_bla.ops.triton_loops import differentiate_keys, differentiate_queries, sum_keys, write_output
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, prefetch, share, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, share, tl
 from flash_bla.ops.triton_tiles import (
     _by_head,
     _by_sixteenth,
@@ -58,7 +58,6 @@ from flash_bla.ops.triton_tiles import (
     _next,
     _place,
     _split_at,
-    _start,
     _state_rows,
     _store_state,
     _sum_query_splits,
@@ -81,18 +80,6 @@ def _scale_gradient(a_ptr, plus, z_plus, d_plus, dz_plus, head, heads, C: tl.con
 def _store_parameter_gradient(da_ptr, at, head, heads, da, C: tl.constexpr):
     h, channel, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     tl.store(da_ptr + (at + h) * C.D + channel, da, mask=exists)
-
-
-PREFETCH: tl.constexpr = tl.constexpr(int(__import__("os").environ.get("PREFETCH", "0")))
-
-
-@jit
-def _prefetch_rows(pointer, strides, batch, head, first, count, C: tl.constexpr):
-    """The first line of each row, which is all of it where the group's heads have 128 bytes."""
-    pointer = _start(pointer, strides, batch, head, first)
-    for start in range(0, count, 128):
-        n = tl.minimum(start + tl.arange(0, 128), count - 1)
-        prefetch(pointer + n.to(tl.int64) * strides[2])
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -220,13 +207,7 @@ def forward_kernel(
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The whole forward pass of a sequence; without a state_ptr the backward pass will sum the keys again."""
-    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    if PREFETCH > 0:
-        _prefetch_rows(q_ptr, q_strides, batch, head, first, count, C)
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    if PREFETCH > 1:
-        _prefetch_rows(k_ptr, k_strides, batch, head, first, count, C)
-        _prefetch_rows(v_ptr, v_strides, batch, head, first, count, C)
     plus, z_plus, _ = sum_keys(
         k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND, PRECISION, C,
@@ -319,14 +300,7 @@ def backward_kernel(
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The whole backward pass of a sequence."""
-    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    if PREFETCH > 0:
-        _prefetch_rows(q_ptr, q_strides, batch, head, first, count, C)
-        _prefetch_rows(do_ptr, do_strides, batch, head, first, count, C)
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    if PREFETCH > 1:
-        _prefetch_rows(k_ptr, k_strides, batch, head, first, count, C)
-        _prefetch_rows(v_ptr, v_strides, batch, head, first, count, C)
     if state_ptr is None:
         plus, z_plus, _ = sum_keys(
             k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,

@@ -233,7 +233,8 @@ def _split(kernel, problem: _Problem, length: int) -> int:
 def _fits(kernel, problem: _Problem) -> bool:
     """Whether one launch, with a program for each sequence, is fastest: work enough for all, and not too much code."""
     if problem.signs == 2:
-        return kernel is signed_forward_kernel and problem.short and problem.q.dtype == torch.bfloat16
+        narrow = max(problem.q.shape[3], problem.v.shape[3]) <= 64
+        return kernel is signed_forward_kernel and problem.short and narrow and problem.q.dtype == torch.bfloat16
     if problem.softmax:
         return False
     if kernel is backward_kernel and (problem.rope is not None or problem.parameter is not None):
@@ -277,25 +278,6 @@ def _row_numbers(p: _Problem) -> dict:
     return dict(rows_ptr=p.new_empty(4, B, H, rows), rows_strides=(H * rows, rows, 1, B * H * rows))
 
 
-def _sum_few(record: Record, partial: Tensor) -> Tensor:
-    """As ``_reduce``, but leaves the first dimension where those that read its few arrays can as well add them up."""
-    return partial if partial.shape[0] <= 3 else _reduce(record, partial)[None]
-
-
-def _signed_forward(p: _Problem, arguments: dict, keep_state: bool) -> Tensor | None:
-    """The launches for signed powers; the state, if it is kept."""
-    splits = _split(signed_state_kernel, p, p.k.shape[2])
-    partial = p.empty_state(splits)
-    _launch(signed_state_kernel, p, arguments | dict(state_ptr=partial), splits)
-    partial = _sum_few(p.record, partial)
-    state = p.saved_state() if keep_state and partial.shape[0] > 1 else None
-    arguments |= dict(partial_ptr=partial, splits=partial.shape[0], state_ptr=state)
-    _launch(signed_output_kernel, p, arguments, _split(signed_output_kernel, p, p.q.shape[2]))
-    if state is None and keep_state and not p.sums_keys_again:
-        return partial[0]
-    return state
-
-
 def record_forward(
     record: Record, ratios: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None,
     q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None,
@@ -319,13 +301,12 @@ def record_forward(
         query_sums = p.new_empty(query_splits, *p.q.shape[:2], p.q.shape[3])
         arguments |= dict(query_sum_ptr=query_sums, query_splits=query_splits)
         _launch(query_sum_kernel, p, arguments, query_splits)
-    if p.signs == 2:
-        return o, _signed_forward(p, arguments, keep_state)
-    splits = _split(state_kernel, p, p.k.shape[2])
+    sums, output = (state_kernel, output_kernel) if p.signs == 1 else (signed_state_kernel, signed_output_kernel)
+    splits = _split(sums, p, p.k.shape[2])
     state = p.empty_state(splits)
-    _launch(state_kernel, p, arguments | dict(state_ptr=state), splits)
+    _launch(sums, p, arguments | dict(state_ptr=state), splits)
     state = _merge(state, query_sums, p) if p.softmax else _reduce(record, state)
-    _launch(output_kernel, p, arguments | dict(state_ptr=state), _split(output_kernel, p, p.q.shape[2]))
+    _launch(output, p, arguments | dict(state_ptr=state), _split(output, p, p.q.shape[2]))
     return o, state if keep_state and not p.sums_keys_again else None
 
 
@@ -390,16 +371,15 @@ def record_backward(
         _launch(signed_sum_kernel, p, arguments, query_splits)
         _launch(signed_query_kernel, p, arguments, query_splits)
         if keys:
-            d_state = _sum_few(record, d_state)
-            arguments |= dict(d_state_ptr=d_state, splits=d_state.shape[0], da_ptr=da_keys)
-            _launch(signed_key_kernel, p, arguments, key_splits)
+            outputs = dict(d_state_ptr=_reduce(record, d_state), da_ptr=da_keys)
+            _launch(signed_key_kernel, p, arguments | outputs, key_splits)
         return *gradients, dqd, dkd, da, dwq, dwk
-    apart = keys and p.softmax  # the keys' weights depend on all queries
+    apart = keys and p.softmax  # the queries' gradients come after those of the keys, whose weights depend on them
     _launch(query_gradient_kernel, p, arguments | dict(SUMS=keys, GRADIENT=not apart), query_splits)
     if keys:
         outputs = dict(d_state_ptr=_reduce(record, d_state), da_ptr=da_queries if focusing else da_keys)
         _launch(key_gradient_kernel, p, arguments | outputs, key_splits)
-    if keys and p.softmax:
+    if apart:
         _launch(query_gradient_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
     return *gradients, dqd, dkd, da, dwq, dwk
 

@@ -1,9 +1,9 @@
 """Linear attention in Triton: ``signed_power``, whose features φ(x) and φ(-x) are the parts of p = sign(x) |x|ᵃ.
 
-A tile of features is F = [max(p, 0), min(p, 0)], (rows, 2 BLOCK_D), one operand of products that are twice as wide: two
-products would wait for each other. With R = s Σ F(k)ᵀ v and r = Σ F(k) / M the first half of the values' columns,
-which sees equal signs, is F(q) R / (F(q) · r + ε). The second half sees opposite signs: R and r are swapped there, R'
-and r', each part for the negative of the other. So the loops over rows are
+A tile of features is a pair, F = [max(p, 0), min(p, 0)], and so are the sums over keys and their gradients. With
+R = s Σ F(k)ᵀ v and r = Σ F(k) / M the output of the first half of the values' columns, which sees equal signs, is
+F(q) R / (F(q) · r + ε). The second half sees opposite signs: R and r are swapped there, R' and r', each part for the
+negative of the other. So the loops over rows are
 
     sum_keys              R, r
     write_output          o = F(q) R' / n,  n = F(q) · r' + ε
@@ -12,8 +12,10 @@ and r', each part for the negative of the other. So the loops over rows are
     differentiate_keys    dF(k) = s v dRᵀ + dr / M,  dv = s F(k) dR
 
 of which dp is one part, by the sign of x. Registers could not hold what the third and the fourth need at a time; the
-fourth finds the numbers of its rows in memory. The values' mean is taken out of R and v as in triton_kernels.py, which
-see for names. In memory R and r stand as a state with two signs, (B, H, 2, Dv + 1, D).
+fourth finds the numbers of its rows in memory. On Hopper chips latency bounds these loops, eight warps of 255 registers
+a multiprocessor: twice as wide a product for both parts takes as long as two, and more warps that spill take longer.
+The values' mean is taken out of R and v as in triton_kernels.py, which see for names. In memory R and r are a state
+with two signs, (B, H, 2, Dv + 1, D).
 """
 
 from __future__ import annotations
@@ -98,20 +100,17 @@ def _state_offsets(head, heads, C: tl.constexpr):
 
 
 @jit
-def _load(state_ptr, at, splits, head, heads, C: tl.constexpr):
-    """R and r of the group whose first head is the ``at``-th, their parts one after the other, summed over splits."""
+def _load(state_ptr, at, head, heads, C: tl.constexpr):
+    """R and r of the group whose first head is the ``at``-th, their parts one after the other."""
     offsets, mask, vector_offsets, exists = _state_offsets(head, heads, C)
     state_ptr += at * (2 * (C.DV + 1) * C.D)
-    plus, minus = _zeros(C.BLOCK_DV, C.BLOCK_D), _zeros(C.BLOCK_DV, C.BLOCK_D)
-    r_plus, r_minus = tl.sum(_zeros(1, C.BLOCK_D), 0), tl.sum(_zeros(1, C.BLOCK_D), 0)
-    for _ in range(splits):
-        other_ptr = state_ptr + (C.DV + 1) * C.D
-        plus += tl.load(state_ptr + offsets, mask=mask, other=0.0)
-        minus += tl.load(other_ptr + offsets, mask=mask, other=0.0)
-        r_plus += tl.load(state_ptr + vector_offsets, mask=exists, other=0.0)
-        r_minus += tl.load(other_ptr + vector_offsets, mask=exists, other=0.0)
-        state_ptr += (tl.num_programs(0) // tl.cdiv(heads, C.GROUP)).to(tl.int64) * heads * (2 * (C.DV + 1) * C.D)
-    return plus, minus, r_plus, r_minus
+    other_ptr = state_ptr + (C.DV + 1) * C.D
+    return (
+        tl.load(state_ptr + offsets, mask=mask, other=0.0),
+        tl.load(other_ptr + offsets, mask=mask, other=0.0),
+        tl.load(state_ptr + vector_offsets, mask=exists, other=0.0),
+        tl.load(other_ptr + vector_offsets, mask=exists, other=0.0),
+    )
 
 
 @jit
@@ -490,19 +489,13 @@ def signed_state_kernel(
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def signed_output_kernel(
-    q_ptr, q_strides, o_ptr, o_strides, a_ptr, cu_seqlens, partial_ptr, splits, state_ptr,
-    query_length, heads, eps,
+    q_ptr, q_strides, o_ptr, o_strides, a_ptr, cu_seqlens, state_ptr, query_length, heads, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The output of one split of the queries; the first one's program also writes the state, if it is kept."""
+    """The output of one split of the queries."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    at = sequence * heads + head
-    plus, minus, r_plus, r_minus = _load(partial_ptr, at, splits, head, heads, C)
-    if state_ptr is not None:
-        if tl.program_id(1) == 0:
-            _store_states(state_ptr, at, head, heads, plus, minus, C)
-            _store_vectors(state_ptr, at, head, heads, r_plus, r_minus, C)
+    plus, minus, r_plus, r_minus = _load(state_ptr, sequence * heads + head, head, heads, C)
     plus, minus = _swapped(plus, minus, C)
     _write_output(
         q_ptr, q_strides, o_ptr, o_strides, a_ptr, plus, minus, r_plus, r_minus, batch, head, heads, first, begin, end,
@@ -520,7 +513,7 @@ def signed_sum_kernel(
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
-    plus, minus, r_plus, r_minus = _load(state_ptr, at, 1, head, heads, C)
+    plus, minus, r_plus, r_minus = _load(state_ptr, at, head, heads, C)
     plus, minus = _swapped(plus, minus, C)
     plus, minus, mean = _center(plus, minus, r_plus, r_minus, C)
     if tl.program_id(1) == 0:
@@ -543,7 +536,7 @@ def signed_query_kernel(
     """dq of one split of the queries, dr, and terms of the power's gradient."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    plus, minus, r_plus, r_minus = _load(state_ptr, sequence * heads + head, 1, head, heads, C)
+    plus, minus, r_plus, r_minus = _load(state_ptr, sequence * heads + head, head, heads, C)
     plus, minus = _swapped(plus, minus, C)
     plus, minus, _ = _center(plus, minus, r_plus, r_minus, C)
     dr_plus, dr_minus, da = _differentiate_queries(
@@ -559,7 +552,7 @@ def signed_query_kernel(
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def signed_key_kernel(
     k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cu_seqlens, d_state_ptr, mean_ptr,
-    dk_ptr, dk_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides, da_ptr, key_length, heads, splits, scale,
+    dk_ptr, dk_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides, da_ptr, key_length, heads, scale,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr,
 ):  # fmt: skip
@@ -569,7 +562,7 @@ def signed_key_kernel(
     at = sequence * heads + head
     hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     mean = tl.load(mean_ptr + (at + hv) * C.DV + c, mask=exists, other=0.0)
-    d_plus, d_minus, dr_plus, dr_minus = _load(d_state_ptr, at, splits, head, heads, C)
+    d_plus, d_minus, dr_plus, dr_minus = _load(d_state_ptr, at, head, heads, C)
     d_plus, d_minus = _swapped(d_plus, d_minus, C)
     da = _differentiate_keys(
         k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,

@@ -83,25 +83,12 @@ def _computed_here(x, zero):
     )  # fmt: skip
 
 
-@jit
-def prefetch(pointers):
-    """Brings the lines of these addresses into the L2 cache."""
-
-
-@jit
-def _prefetch_nvidia(pointers):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 # NVIDIA's own instructions: Triton's logarithm takes 31 to be right for denormal numbers, too, and two numbers are
 # rounded by one and take one more each for their positive and their negative part
 if HAS_TRITON and not INTERPRETING and torch.version.hip is None:
     fast_log2 = tl.extra.cuda.libdevice.fast_log2f
     fast_rounded_parts = _rounded_parts_nvidia
     computed_here = _computed_here
-    prefetch = _prefetch_nvidia
 else:
     fast_log2 = log2
     fast_rounded_parts = rounded_parts

@@ -74,7 +74,7 @@ TUNING = {
         signed_state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         signed_output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         signed_sum_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
-        signed_query_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
+        signed_query_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_key_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         single_forward_kernel: _PLAIN[single_forward_kernel],

@@ -65,7 +65,7 @@ VARIANTS = {
     "focusing_power_weighted": Variant("focusing_power", key_weight=True),
     "focusing_power_encoded": Variant("focusing_power", encoding=True),
     "signed_power": Variant("signed_power"),
-    "signed_power_weighted": Variant("signed_power", key_weight=True),
+    "signed_power_weighted": Variant("signed_power", key_weight=True, options=dict(scale=-0.5)),
     "signed_power_encoded": Variant("signed_power", encoding=True),
 }
 
