@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flash_bla.engine.checkpoint import write_atomically
 from flash_bla.engine.logs import warn
+from flash_bla.layers.conv import attend_with_conv
 from flash_bla.ops import linear_attention, linear_attention_dwc
 
 # A training batch -----------------------------------------------------------------------------------------------------
@@ -292,9 +293,10 @@ def _recorded_operators(attention: nn.Module) -> Iterator[list[tuple[Tensor, Ten
 
         return call
 
-    # Attentions find linear_attention among the names of their file, and the other operator in F.
+    # Attentions find linear_attention among the names of their file or of attend_with_conv's, the other operator in F.
     methods = [value for cls in type(attention).__mro__ for value in vars(cls).values() if isfunction(value)]
-    namespaces = {id(method.__globals__): method.__globals__ for method in methods} | {id(vars(F)): vars(F)}
+    namespaces = {id(method.__globals__): method.__globals__ for method in methods}
+    namespaces |= {id(names): names for names in (vars(F), attend_with_conv.__globals__)}
     recorders = {
         "linear_attention": recorded,
         "linear_attention_dwc": recorded_packed,

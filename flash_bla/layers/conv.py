@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from flash_bla.ops import depthwise_conv
+from flash_bla.ops import depthwise_conv, linear_attention, linear_attention_dwc
 
 
 @register_notrace_module  # torch.fx must not trace into it: it branches on shapes
@@ -50,3 +50,19 @@ class DepthwiseConv(nn.Conv2d):
             add=add,
             gate=gate,
         )
+
+
+def attend_with_conv(
+    conv: nn.Module, qkv: Tensor, grid: tuple[int, int], *, v: Tensor | None = None, **options
+) -> Tensor:
+    """``linear_attention_dwc`` with a ``DepthwiseConv``, or what another library has put in its place.
+
+    That, and a module with hooks, is called on the values, after the attention.
+    """
+    if type(conv) is DepthwiseConv and not conv._forward_pre_hooks and not conv._forward_hooks:
+        return linear_attention_dwc(qkv, grid, conv.weight, conv.bias, v=v, **options)
+    q, k, *others = qkv.unbind(2)
+    v = others.pop(0) if v is None else v
+    o = linear_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
+    gate = others[0].flatten(2) if others else None
+    return conv(v.flatten(2), grid, add=o.transpose(1, 2).flatten(2), gate=gate)

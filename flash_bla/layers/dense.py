@@ -28,7 +28,8 @@ class Linear(nn.Linear):
 
 def activate_linear(layer: nn.Module, x: Tensor, *, gelu: bool = False, gate: Tensor | None = None) -> Tensor:
     """layer(gelu(x)), or layer(x · silu(gate)), of which a ``Linear`` keeps less for the backward pass."""
-    if type(layer) is Linear:  # and not what another library has put in its place
+    # not what another library has put in its place, nor where a hook wants to see the layer's input
+    if type(layer) is Linear and not layer._forward_pre_hooks and not layer._forward_hooks:
         return layer(x, gelu=gelu, gate=gate)
     return layer(F.gelu(x) if gelu else silu_gate(x, gate))
 

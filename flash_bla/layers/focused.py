@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
-from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.conv import DepthwiseConv, attend_with_conv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.position import KeyPositionalEncoding
 from flash_bla.layers.tokens import at_least_float32, head_width
-from flash_bla.ops import focusing_power, linear_attention_dwc
+from flash_bla.ops import focusing_power
 
 
 @register_attention("focused")
@@ -72,15 +74,14 @@ class FocusedLinearAttention(KeyPositionalEncoding):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
         scale = F.softplus(at_least_float32(self.scale)).view(self.num_heads, -1)
-        x = linear_attention_dwc(
+        x = self.attend(
             self.qkv(x).unflatten(-1, (3, self.num_heads, -1)),
             grid,
-            *self.local_filters(),
             feature_map=focusing_power(scale, self.focusing_factor),
             key_encoding=self.encode_position(x, grid, self.num_heads),
         )
         return self.proj_drop(self.proj(x))
 
-    def local_filters(self) -> tuple[Tensor, Tensor]:
-        """Filters and bias of the convolution beside the attention."""
-        return self.dwc.weight, self.dwc.bias
+    def attend(self, qkv: Tensor, grid: tuple[int, int], **options: Any) -> Tensor:
+        """Attention and convolution: from ``(B, N, 3, H, D)`` what is projected, ``(B, N, C)``."""
+        return attend_with_conv(self.dwc, qkv, grid, **options)

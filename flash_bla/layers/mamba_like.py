@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
-from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.conv import DepthwiseConv, attend_with_conv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import head_width
-from flash_bla.ops import linear_attention_dwc
 
 
 @register_attention("mlla")
@@ -49,11 +48,10 @@ class MambaLikeLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
-        return linear_attention_dwc(
+        return attend_with_conv(
+            self.lepe,
             self.qk(x).unflatten(-1, (2, self.num_heads, -1)),
             grid,
-            self.lepe.weight,
-            self.lepe.bias,
             v=x.unflatten(-1, (self.num_heads, -1)),
             feature_map="elu1",
             rope=axial_rope(x, grid, x.shape[2], self.num_heads),

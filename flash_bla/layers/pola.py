@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
-from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.conv import DepthwiseConv, attend_with_conv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.position import KeyPositionalEncoding
 from flash_bla.layers.tokens import at_least_float32, head_width, scale_outputs
-from flash_bla.ops import linear_attention_dwc, signed_power
+from flash_bla.ops import signed_power
 
 
 @register_attention("pola")
@@ -87,11 +87,10 @@ class PolaLinearAttention(KeyPositionalEncoding):
             encoding = encoding * factor.view(self.num_heads, 1, -1)
             x = self._project(x, self._factor_of_all(factor))
         power = 1 + self.alpha * at_least_float32(self.power).sigmoid().view(self.num_heads, -1)
-        x = linear_attention_dwc(
+        x = attend_with_conv(
+            self.dwc,
             x.unflatten(-1, (4, self.num_heads, -1)),
             grid,
-            self.dwc.weight,
-            self.dwc.bias,
             feature_map=signed_power(power),
             key_encoding=encoding,
         )

@@ -6,11 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
-from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.conv import DepthwiseConv, attend_with_conv
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import at_least_float32, head_width
-from flash_bla.ops import linear_attention_dwc
 from flash_bla.ops.arguments import merge_heads
 from flash_bla.ops.reference import rotate
 
@@ -69,10 +68,8 @@ class RankAugmentedLinearAttention(nn.Module):
         return self.proj_drop(self.proj(self.attend(qkvg, grid, axial_rope(x, grid, self.head_dim, endpoint=True))))
 
     def attend(self, qkvg: Tensor, grid: tuple[int, int], rope: Tensor) -> Tensor:
-        """From ``(B, N, 4, H, D)`` what is projected, ``(B, N, C)``."""
-        return linear_attention_dwc(
-            qkvg, grid, self.lepe.weight, self.lepe.bias, feature_map="elu1", key_weight="softmax", rope=rope
-        )
+        """Attention, LePE and gate: from ``(B, N, 4, H, D)`` what is projected, ``(B, N, C)``."""
+        return attend_with_conv(self.lepe, qkvg, grid, feature_map="elu1", key_weight="softmax", rope=rope)
 
 
 @register_attention("rala_softmax")
@@ -88,7 +85,7 @@ class GatedSoftmaxAttention(RankAugmentedLinearAttention):
     """
 
     def attend(self, qkvg: Tensor, grid: tuple[int, int], rope: Tensor) -> Tensor:
-        """From ``(B, N, 4, H, D)`` what is projected, ``(B, N, C)``."""
+        """Attention, LePE and gate: from ``(B, N, 4, H, D)`` what is projected, ``(B, N, C)``."""
         qk, v, gate = qkvg.split([2, 1, 1], dim=2)
         q, k = rotate(at_least_float32(qk.permute(2, 0, 3, 1, 4)), rope).to(v.dtype)  # together: fewer launches
         o = F.scaled_dot_product_attention(q, k, v.squeeze(2).transpose(1, 2))

@@ -119,7 +119,7 @@ class WindowAttention(nn.Module):
         q, k, v = (split_heads(y, self.num_heads) for y in self.qkv(x).chunk(3, dim=-1))
         bias = self.relative_position_bias_table.to(q.dtype)[index].permute(2, 0, 1)[None]
         if seam is not None:  # for each image the windows' own
-            bias = (bias + seam.expand(q.shape[0] // seam.shape[0], *seam.shape)).flatten(0, 1)
+            bias = (bias + seam.to(bias.dtype).expand(q.shape[0] // seam.shape[0], *seam.shape)).flatten(0, 1)
         x = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=self.attn_drop.p if self.training else 0.0)
         x = merge_heads(x).unflatten(0, (-1, padded[0] * padded[1] // x.shape[2])).flatten(1, 2)
         return self.proj_drop(self.proj(_take(x, inverse, order)))

@@ -19,6 +19,7 @@ from flash_bla.models.hierarchical import (
 )
 from flash_bla.models.official import rename_entries
 from flash_bla.models.registry import Family
+from flash_bla.ops import linear_attention_dwc
 
 NORM_EPS = 1e-5
 
@@ -70,12 +71,12 @@ class FocusedLePE(FocusedLinearAttention):
         )
         self.get_v = DepthwiseConv(dim, 3, device=device, dtype=dtype)
 
-    def local_filters(self) -> tuple[Tensor, Tensor]:
-        """Those of both convolutions: they are linear, so that one with the sum of their filters does."""
-        weight, bias = super().local_filters()
-        border = (weight.shape[2] - self.get_v.weight.shape[2]) // 2
-        weight = weight.repeat(self.num_heads, 1, 1, 1) + F.pad(self.get_v.weight, [border] * 4)
-        return weight, bias.repeat(self.num_heads) + self.get_v.bias
+    def attend(self, qkv: Tensor, grid: tuple[int, int], **options: Any) -> Tensor:
+        """Attention and both convolutions, which are linear: one with the sum of their filters does."""
+        border = (self.dwc.weight.shape[2] - self.get_v.weight.shape[2]) // 2
+        weight = self.dwc.weight.repeat(self.num_heads, 1, 1, 1) + F.pad(self.get_v.weight, [border] * 4)
+        bias = self.dwc.bias.repeat(self.num_heads) + self.get_v.bias
+        return linear_attention_dwc(qkv, grid, weight, bias, **options)
 
 
 class CSwinTransformer(HierarchicalBackbone):

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
@@ -294,11 +295,11 @@ def stage_grids(img_size: int | tuple[int, int], num_stages: int = 4) -> list[tu
 def pad_to_multiple(x: Tensor, height: int, width: int | None = None) -> Tensor:
     """Pads maps ``(B, H, W, C)`` with zeros, below and on the right, to multiples of a height and a width."""
     width = width or height
-    # Without negative numbers: torch.compile takes it for any size.
     rows = (x.shape[1] + height - 1) // height * height - x.shape[1]
     columns = (x.shape[2] + width - 1) // width * width - x.shape[2]
-    if not is_exporting() and rows == 0 and columns == 0:
-        return x  # padding by nothing is a copy
+    # Padding by nothing is a copy; traced, the question would bind the graph to sizes.
+    if not is_exporting() and not torch.compiler.is_compiling() and rows == 0 and columns == 0:
+        return x
     return F.pad(x, (0, 0, 0, columns, 0, rows))
 
 

@@ -256,7 +256,7 @@ def varlen_linear_attention(
 
 
 def _attend(
-    q: Tensor, k: Tensor | None, v: Tensor | None, sizes: tuple[int, ...], dwc: tuple | None = None, *,
+    q: Tensor, k: Tensor | None, v: Tensor | None, sizes: tuple[int, ...], dwc: tuple | None = None, /, *,
     feature_map=None, key_weight=None,
     key_encoding=None, rope=None, normalize: bool = True, scale: float | None = None, eps: float = 1e-6,
     backend: str | None = None,
@@ -268,6 +268,8 @@ def _attend(
     B, H, _, M, D, D_v = sizes
     feature_map = resolve_feature_map(feature_map)
     _check_feature_map(feature_map, q, H, D, D_v, rope)
+    if feature_map.signed and not normalize:
+        raise ValueError("normalize=False is not defined for signed_power")
     if isinstance(key_weight, str):
         if key_weight != "softmax":
             raise ValueError(f'key_weight must be a tensor, "softmax" or None, got {key_weight!r}')

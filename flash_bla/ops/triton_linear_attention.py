@@ -140,7 +140,7 @@ class _Problem(NamedTuple):
         return self._empty((B, N, H, self.v.shape[3]), self.v.dtype).transpose(1, 2)
 
     def empty_like(self, x: Tensor | None) -> Tensor | None:
-        """A gradient of x, also laid out as (B, N, H, D); of a packed one (B, N, 3, H, D)."""
+        """A gradient of x, also laid out as (B, N, H, D); of a packed one as it is packed."""
         if x is None or x.ndim != 4:
             return None if x is None else self._empty(x.shape, x.dtype)
         return self._empty(x.transpose(1, 2).shape, x.dtype).transpose(1, 2)
@@ -429,7 +429,7 @@ def _backward(
         run(add_ratio_gradients, (dq_, dk_, da, dwq, dr, q, k, key_encoding, parameter), (options[2],))
         dwk = None if dwk is None or key_weight is None else dwk * key_ratios
     if da is not None:
-        da = run(_reduce, (da,)) if da.shape[0] > 1 else da[0]
+        da = run(_reduce, (da,)) if da.shape[0] > 1 else da.sum(0)  # of an empty batch there is no term
     return dq, dk, dv, dqd, dkd, da, dwk
 
 

@@ -38,7 +38,7 @@ def _backward(
     dy: Tensor, o: Tensor | None, state: Tensor | None, ratios: Tensor | None, needed: Sequence[bool], weight: Tensor,
     bias: Tensor | None, tensors: Sequence[Tensor | None], options: tuple, grid: tuple[int, int],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of the filters and the bias, as far as they are needed, and of the attention's first eight inputs."""
+    """Gradients of the filters and the bias, as far as needed, and what the attention's backward pass gives."""
     q, _, v = unpack(*tensors[:3])
     v, gate, options_of_conv = merge_heads(v), unpack_gate(tensors[0]), (*grid, *NO_EXTRAS)
     packed = None
@@ -129,12 +129,12 @@ class _Eager(torch.autograd.Function):
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_dwc_forward)
-def _forward_flops(weight_shape, bias_shape, height, width, q_shape, *arguments, **_) -> int:
+def _forward_flops(weight_shape, bias_shape, height, width, q_shape, k_shape, v_shape, *arguments, **_) -> int:
     """Operations of the attention's matrix products and of the convolution, for ``torch.utils.flop_counter``."""
     B, _, _, H, D = q_shape
-    x_shape = (B, height * width, H * D)
+    x_shape = (B, height * width, H * (D if v_shape is None else v_shape[3]))
     of_conv = conv._forward_flops(x_shape, weight_shape, None, None, None, height, width, 1)
-    return of_conv + attention._forward_flops(q_shape, *arguments)
+    return of_conv + attention._forward_flops(q_shape, k_shape, v_shape, *arguments)
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_dwc_backward)
@@ -148,7 +148,7 @@ def linear_attention_dwc(
 ) -> Tensor:  # fmt: skip
     """The operator on checked arguments; q is packed, and holds the values if v is None."""
     values, signs = unpack(q, None, v)[2], 2 if feature_map.signed else 1
-    if values.shape[3] > widest_values(values, signs):  # the attention cuts them
+    if values.shape[3] > widest_values(q, signs):  # the attention cuts them
         o = attention.linear_attention(q, None, v, feature_map, **arguments)
         arguments = merge_heads(values), weight, bias, merge_heads(o), unpack_gate(q), *grid, *NO_EXTRAS
         return conv.depthwise_conv_eager(arguments, None) if is_eager(q) else conv.depthwise_conv_forward(*arguments)

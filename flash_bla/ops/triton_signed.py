@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from flash_bla.ops.triton_support import NOT_SPECIALIZED, computed_here, fast_rounded_parts, jit, share, tl
 from flash_bla.ops.triton_tiles import (
+    _add_products,
     _both_by_head,
     _by_head,
     _by_sixteenth,
@@ -32,6 +33,7 @@ from flash_bla.ops.triton_tiles import (
     _mask_heads,
     _next,
     _place,
+    _power_gradient,
     _split_at,
     _start,
     _store_weight,
@@ -212,6 +214,12 @@ def _row_numbers(rows_ptr, rows_strides, batch, head, row):
 
 
 @jit
+def _weighted_parts(p, w, OPERAND: tl.constexpr):
+    """The features as ``fast_rounded_parts`` gives them, times a weight of either sign."""
+    return (tl.maximum(p, 0.0) * w).to(OPERAND), (tl.minimum(p, 0.0) * w).to(OPERAND)
+
+
+@jit
 def _sum_keys(
     k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, first, begin,
     end, count, scale,
@@ -238,12 +246,19 @@ def _sum_keys(
             e_ptr = _next(e_ptr, e_strides, C)
         v = tl.load(v_ptr + v_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
         p = PHI(k, a, C.EXPONENT)
+        # of few tokens r must sum features rounded as those that R sums
         if C.KEY_WEIGHT:
-            p *= _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
-        states = _products(tl.trans(v), fast_rounded_parts(p, OPERAND, False), states, PRECISION)
-        if C.FEW:  # of few tokens r must sum features rounded as those that R sums
-            p = _rounded(p, OPERAND)
-        magnitudes += _by_sixteenth(tl.abs(p), C)
+            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
+            states = _products(tl.trans(v), _weighted_parts(p, w, OPERAND), states, PRECISION)
+            magnitude, p = tl.abs(p) * w, p * w
+            if C.FEW:
+                magnitude, p = _rounded(magnitude, OPERAND), _rounded(p, OPERAND)
+        else:
+            states = _products(tl.trans(v), fast_rounded_parts(p, OPERAND, False), states, PRECISION)
+            if C.FEW:
+                p = _rounded(p, OPERAND)
+            magnitude = tl.abs(p)
+        magnitudes += _by_sixteenth(magnitude, C)
         sums += _by_sixteenth(p, C)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         if C.KEY_WEIGHT:
@@ -432,38 +447,22 @@ def _differentiate_keys(
             w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
             _store_weight(dwk_ptr, dwk_strides, head, heads, inside, _by_head(dp * p, C), C)
             dp *= w
-            p *= w
             wk_ptr, dwk_ptr = _next(wk_ptr, wk_strides, C), _next(dwk_ptr, dwk_strides, C)
         dk = dp * PHI_DX(k, 0.0, a, C.EXPONENT)
         tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=mask)
         da = computed_here(_add_products(da, dk, PHI_DA(k, 0.0, a, C.EXPONENT), C), zero)
         dv = _zeros(C.BLOCK_N, C.BLOCK_DV)
-        dv = _product(fast_rounded_parts(p, OPERAND, False), transposed, dv, PRECISION)
+        if C.KEY_WEIGHT:
+            features = _weighted_parts(p, w, OPERAND)
+        else:
+            features = fast_rounded_parts(p, OPERAND, False)
+        dv = _product(features, transposed, dv, PRECISION)
         if not C.MEAN:
             dv *= scale
         tl.store(dv_ptr + dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=v_mask)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
     return _power_gradient(_sum_eighths(da), a, C)
-
-
-@jit
-def _add_products(total, x, y, C: tl.constexpr):
-    """total + ``_by_eighth`` of x y, by operations that multiply and add."""
-    x, next_x = _row_pairs(x, C)
-    y, next_y = _row_pairs(tl.broadcast_to(y, C.BLOCK_N, C.BLOCK_D), C)
-    return total + x * y + next_x * next_y
-
-
-@jit
-def _row_pairs(x, C: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(x, C.BLOCK_N // 16, 2, 8, C.BLOCK_D), (0, 2, 3, 1)))
-
-
-@jit
-def _power_gradient(da, a, C: tl.constexpr):
-    """What ``PHI_DA`` leaves out."""
-    return da * tl.reshape(0.6931471805599453 / a, C.BLOCK_D)
 
 
 # --- the kernels: a program for each group of heads (axis 0) and split (axis 1) ---------------------------------------

@@ -26,6 +26,7 @@ from flash_bla.ops.triton_tiles import (
     _load_rope,
     _load_weight,
     _offsets,
+    _power_gradient,
     _start,
     _store_weight,
     _sum_eighths,
@@ -42,12 +43,13 @@ def _to_product_layout(x, OPERAND: tl.constexpr):
 @jit
 def _operands(phi, w, OPERAND: tl.constexpr, C: tl.constexpr):
     """φ(x) and, if ``SIGNED``, φ(-x) as operands, times the weight, if any; ``phi`` is their difference."""
-    if w is not None:
-        phi *= w
     if C.SIGNED:
-        return fast_rounded_parts(phi, OPERAND, True)
+        if w is None:
+            return fast_rounded_parts(phi, OPERAND, True)
+        else:
+            return (tl.maximum(phi, 0.0) * w).to(OPERAND), (tl.maximum(-phi, 0.0) * w).to(OPERAND)
     else:
-        return phi.to(OPERAND), 0.0
+        return (phi if w is None else phi * w).to(OPERAND), 0.0
 
 
 @jit
@@ -65,12 +67,6 @@ def _features_backward(x, a, phi, d_phi, PHI_DX: tl.constexpr, PHI_DA: tl.conste
         return dx, dx * PHI_DA(x, phi, a, C.EXPONENT)
     else:
         return d_phi * PHI_DX(x, phi, a, C.EXPONENT), 0.0
-
-
-@jit
-def _power_gradient(da, a, C: tl.constexpr):
-    """The gradient of the power from the sums of ``_features_backward``."""
-    return da * tl.reshape(0.6931471805599453 / a, C.BLOCK_D)
 
 
 @jit

@@ -163,6 +163,19 @@ def _add(a, b, c, d):
 
 
 @jit
+def _add_products(total, x, y, C: tl.constexpr):
+    """total + ``_by_eighth`` of x y, by operations that multiply and add."""
+    x, next_x = _row_pairs(x, C)
+    y, next_y = _row_pairs(tl.broadcast_to(y, C.BLOCK_N, C.BLOCK_D), C)
+    return total + x * y + next_x * next_y
+
+
+@jit
+def _row_pairs(x, C: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, C.BLOCK_N // 16, 2, 8, C.BLOCK_D), (0, 2, 3, 1)))
+
+
+@jit
 def _both_by_head(x, y, C: tl.constexpr):
     """``_by_head`` of two tiles, in one reduction: so the compiler gives both the same layout."""
     if C.GROUP == 1:
@@ -241,6 +254,12 @@ def _load_parameter(a_ptr, head, heads, C: tl.constexpr):
         return tl.load(a_ptr + (head + h) * C.D + channel, mask=exists, other=1.0)[None, :]
     else:
         return 1.0
+
+
+@jit
+def _power_gradient(da, a, C: tl.constexpr):
+    """What ``PHI_DA`` of ``signed_power`` leaves out of the power's gradient."""
+    return da * tl.reshape(0.6931471805599453 / a, C.BLOCK_D)
 
 
 @jit

@@ -224,10 +224,10 @@ def test_encoding_follows_the_grid(name, grid):
 
     with torch.no_grad():  # a constant stays that constant
         attention.positional_encoding.copy_(torch.linspace(-1, 1, DIM).expand(1, 16, -1))
-    k = torch.zeros(1, 1 + grid[0] * grid[1], DIM, dtype=torch.float64)
-    encoding = attention.encode_position(k, grid, HEADS)
+    x = torch.zeros(1, 1 + grid[0] * grid[1], DIM, dtype=torch.float64)
+    encoding = attention.encode_position(x, grid, HEADS)
     assert encoding[:, 0].abs().max() == 0
-    expected = heads(attention.positional_encoding[:, :1]).expand(1, -1, k.shape[1] - 1, -1)
+    expected = heads(attention.positional_encoding[:, :1]).expand(1, -1, x.shape[1] - 1, -1)
     torch.testing.assert_close(encoding[None, :, 1:], expected, rtol=1e-6, atol=1e-6)
 
 

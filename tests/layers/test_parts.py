@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import get_notrace_modules, resample_abs_pos_embed
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -107,3 +108,28 @@ def test_depthwise_conv_shares_filters_between_heads_and_skips_prefix_tokens():
     by_head = torch.cat([nn.Conv2d.forward(conv, head) for head in image.split(4, dim=1)], dim=1)
     torch.testing.assert_close(out[:, 1:], by_head.flatten(2).transpose(1, 2))
     assert out[:, 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["focused", "pola", "rala"])
+def test_convolutions_with_hooks_are_called(name):
+    """And give what the one operator does, which reads their filters alone."""
+    attention = create_attention(name, 16, 2, offer={"grid_size": (3, 4)}, dtype=torch.float64)
+    conv = next(module for module in attention.modules() if isinstance(module, DepthwiseConv))
+    x, calls = torch.randn(2, 13, 16, dtype=torch.float64), []
+    expected = attention(x, (3, 4))
+    conv.register_forward_hook(lambda *arguments: calls.append(arguments))
+    torch.testing.assert_close(attention(x, (3, 4)), expected)
+    assert len(calls) == 1
+
+
+def test_the_two_convolutions_of_cswin_are_one():
+    attention = create_attention("focused_lepe", 16, 2, offer={"grid_size": (3, 4)}, dtype=torch.float64)
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    with torch.no_grad():
+        v = attention.qkv(x)[..., 32:].transpose(1, 2).unflatten(2, (3, 4))
+        image = F.conv2d(v, attention.get_v.weight, attention.get_v.bias, padding=1, groups=16)
+        both = attention(x, (3, 4))
+        attention.get_v.weight.zero_()
+        attention.get_v.bias.zero_()
+        one = attention(x, (3, 4))
+    torch.testing.assert_close(both - one, image.flatten(2).transpose(1, 2) @ attention.proj.weight.T)

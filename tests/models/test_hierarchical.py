@@ -11,6 +11,7 @@ import torch
 from timm.models import group_parameters
 from timm.models._features_fx import create_feature_extractor
 from timm.utils import ModelEmaV3
+from torch._dynamo.testing import CompileCounter
 
 import flash_bla.models  # noqa: F401
 from flash_bla.layers.position import resample_encoding
@@ -231,3 +232,14 @@ def test_a_short_side_pads_and_a_grid_rounds_up():
     assert padded.shape == (1, 8, 6, 2) and padded.sum() == x.sum()
     encoding = torch.randn(1, 12, 3)
     assert resample_encoding(encoding, (3, 4), (3, 4)) is encoding
+
+
+def test_one_graph_pads_maps_of_any_size():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: hierarchical.pad_to_multiple(x, 2) + 1, backend=counter)
+    for height in range(4, 12):
+        for width in range(4, 12, 3):
+            x = torch.zeros(1, height, width, 2)
+            assert compiled(x).shape == hierarchical.pad_to_multiple(x, 2).shape
+    assert counter.frame_count <= 4  # the first size, then sizes in general: with one side fixed, and with none

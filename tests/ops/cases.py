@@ -93,6 +93,7 @@ def make_inputs(shape, variant: Variant, dtype: torch.dtype, seed: int = 0):
         leaves["parameter"] = 1 + 4 * torch.rand(H, D, generator=generator)
     if variant.key_weight:
         leaves["key_weight"] = 0.1 + torch.rand(B, 1, M, generator=generator)
+        leaves["key_weight"][..., 1::5] *= -0.05  # weights may be negative, if the denominators are not
     angle = randn(H, N, D // 2)
     rope = torch.stack([angle.cos(), angle.sin()], dim=-1) if variant.rope else None
     do = randn(B, N, H, D_v).transpose(1, 2).to(dtype)

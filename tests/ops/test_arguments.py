@@ -51,6 +51,11 @@ def test_errors_of_the_other_functions():
         varlen_linear_attention(tokens, tokens, tokens, torch.tensor([0, 9], dtype=torch.int32), 10)
 
 
+def test_signed_powers_need_their_denominator():
+    with pytest.raises(ValueError, match="normalize=False is not defined for signed_power"):
+        linear_attention(X, X, X, feature_map=signed_power(torch.ones(X.shape[1], X.shape[3])), normalize=False)
+
+
 def test_environment_variable_forces_the_backend(monkeypatch):
     monkeypatch.setenv("FLASH_BLA_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="FLASH_BLA_BACKEND"):

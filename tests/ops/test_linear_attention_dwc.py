@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from flash_bla import linear_attention, linear_attention_dwc
 from flash_bla.ops import depthwise_conv, focusing_power, signed_power
@@ -71,6 +72,30 @@ def test_values_that_are_cut():
     assert_close(results, expected, TOLERANCE[torch.float32])
 
 
+# the second so wide in q and k that narrower values are cut, too
+@pytest.mark.parametrize(("width", "value_width"), [(16, 24), (256, 48)])
+def test_values_of_another_width(width, value_width):
+    leaves = [torch.randn(*shape, device=DEVICE) for shape in
+              ((2, 15, 2, H, width), (2, 15, H, value_width), (value_width, 1, 5, 5), (value_width,))]  # fmt: skip
+    dy = torch.randn(2, 15, H * value_width, device=DEVICE)
+    results = []
+    for function, dtype, options in ((linear_attention_dwc, torch.float32, {"backend": "triton"}),
+                                     (one_after_the_other, torch.float64, {})):  # fmt: skip
+        packed, v, weight, bias = inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        y = function(packed, GRID, weight, bias, v=v, feature_map="elu1", **options)
+        results.append(dict(enumerate([y, *torch.autograd.grad(y, inputs, dy.to(dtype))])))
+    assert_close(*results, TOLERANCE[torch.float32])
+
+
+def test_operations_are_counted():
+    packed, v = torch.randn(2, 15, 2, H, 16, device=DEVICE), torch.randn(2, 15, H, 24, device=DEVICE)
+    weight = torch.randn(24, 1, 3, 3, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        linear_attention_dwc(packed, GRID, weight, v=v, feature_map="elu1", backend="triton")
+    products = 2 * 2 * H * 15 * 16 * (24 + 24 + 1)  # the state, the output, the denominator
+    assert counter.get_total_flops() == products + 2 * 2 * 15 * H * 24 * 9
+
+
 @pytest.mark.parametrize("parts", [3, 4])
 def test_gradient_is_one_tensor(parts):
     packed = torch.randn(1, 15, parts, H, 16, device=DEVICE, requires_grad=True)
@@ -97,11 +122,14 @@ def test_opcheck(name, parts):
 
 
 def test_frozen_filters_need_no_gradient():
-    packed = torch.randn(1, 15, 4, H, 16, device=DEVICE, requires_grad=True)
-    weight = torch.randn(16, 1, 3, 3, device=DEVICE)
-    bias = torch.randn(16, device=DEVICE, requires_grad=True)
-    linear_attention_dwc(packed, GRID, weight, bias, feature_map="elu1", backend="triton").sum().backward()
-    assert packed.grad is not None and bias.grad is not None and weight.grad is None
+    packed, weight, bias = (torch.randn(*shape, device=DEVICE) for shape in ((1, 15, 4, H, 16), (16, 1, 3, 3), (16,)))
+    gradients = []
+    for trained in ((packed, weight, bias), (packed, bias)):
+        [x.requires_grad_(any(x is y for y in trained)) for x in (packed, weight, bias)]
+        y = linear_attention_dwc(packed, GRID, weight, bias, feature_map="elu1", backend="triton")
+        gradients.append(torch.autograd.grad(y.sum(), trained))
+    (d_packed, _, d_bias), results = gradients
+    assert torch.equal(results[0], d_packed) and torch.equal(results[1], d_bias)
 
 
 def test_errors():

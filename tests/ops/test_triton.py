@@ -247,3 +247,11 @@ def test_export_takes_the_reference():
     program = torch.export.export(Module(), (q,))
     assert not any("flash_bla" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(q), linear_attention(q, q, q, feature_map="elu1", backend="reference"))
+
+
+@pytest.mark.parametrize("make", [focusing_power, signed_power])
+def test_empty_batch_has_a_gradient_of_zero(make):
+    q = torch.randn(0, 2, 20, 16, device=DEVICE, requires_grad=True)
+    parameter = torch.full((2, 16), 1.5, device=DEVICE, requires_grad=True)
+    linear_attention(q, q, q, feature_map=make(parameter), backend="triton").sum().backward()
+    assert q.grad.shape == q.shape and torch.equal(parameter.grad, torch.zeros_like(parameter))
