@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_bla.layers import (
     DepthwiseConv,
+    Mlp,
     attention_options,
     axial_rope,
     check_attention_args,
@@ -133,3 +134,11 @@ def test_the_two_convolutions_of_cswin_are_one():
         attention.get_v.bias.zero_()
         one = attention(x, (3, 4))
     torch.testing.assert_close(both - one, image.flatten(2).transpose(1, 2) @ attention.proj.weight.T)
+
+
+def test_hooks_of_a_linear_layer_see_what_is_multiplied():
+    mlp = Mlp(8, 16)
+    x, seen = torch.randn(2, 5, 8), []
+    mlp.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    mlp(x)
+    torch.testing.assert_close(*seen, F.gelu(mlp.fc1(x)))
