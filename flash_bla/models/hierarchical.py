@@ -10,7 +10,6 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
@@ -22,6 +21,7 @@ from timm.layers import (
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flash_bla.layers import LayerNorm, check_attention_args
 from flash_bla.tracing import is_exporting
@@ -297,8 +297,8 @@ def pad_to_multiple(x: Tensor, height: int, width: int | None = None) -> Tensor:
     width = width or height
     rows = (x.shape[1] + height - 1) // height * height - x.shape[1]
     columns = (x.shape[2] + width - 1) // width * width - x.shape[2]
-    # Padding by nothing is a copy; traced, the question would bind the graph to sizes.
-    if not is_exporting() and not torch.compiler.is_compiling() and rows == 0 and columns == 0:
+    # Padding by nothing is a copy; for sizes in general a graph pads, since asking would bind it to some of them.
+    if statically_known_true(rows == 0) and statically_known_true(columns == 0):
         return x
     return F.pad(x, (0, 0, 0, columns, 0, rows))
 

@@ -116,19 +116,22 @@ def _load(state_ptr, at, head, heads, C: tl.constexpr):
 
 
 @jit
-def _store_states(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
-    offsets, mask, _, _ = _state_offsets(head, heads, C)
+def _store_parts(state_ptr, at, offsets, mask, plus, minus, C: tl.constexpr):
     state_ptr += at * (2 * (C.DV + 1) * C.D) + offsets
     tl.store(state_ptr, plus, mask=mask)
     tl.store(state_ptr + (C.DV + 1) * C.D, minus, mask=mask)
 
 
 @jit
+def _store_states(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
+    offsets, mask, _, _ = _state_offsets(head, heads, C)
+    _store_parts(state_ptr, at, offsets, mask, plus, minus, C)
+
+
+@jit
 def _store_vectors(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
     _, _, offsets, exists = _state_offsets(head, heads, C)
-    state_ptr += at * (2 * (C.DV + 1) * C.D) + offsets
-    tl.store(state_ptr, plus, mask=exists)
-    tl.store(state_ptr + (C.DV + 1) * C.D, minus, mask=exists)
+    _store_parts(state_ptr, at, offsets, exists, plus, minus, C)
 
 
 @jit
