@@ -37,7 +37,7 @@ from torch._functorch import config as functorch_config
 
 from benchmarks import timing
 from benchmarks.results import markdown, measured_on, merge_rows, read_rows
-from flash_bla import linear_attention, simple_la
+from flash_bla import linear_attention, simple_la, varlen_linear_attention
 from flash_bla.layers.rope import axial_rope
 from flash_bla.ops import focusing_power, signed_power
 
@@ -73,19 +73,20 @@ PVT = {f"pvt_{i}": (128, H, N, 64) for i, (H, N) in enumerate(((1, 3136), (2, 78
 SWIN = {f"swin_{i}": (128, H, N, 32) for i, (H, N) in enumerate(((3, 3136), (6, 784)), 1)}
 MLLA = {f"mlla_{i}": (128, H, N, 32) for i, (H, N) in enumerate(((2, 3136), (4, 784), (8, 196), (16, 49)), 1)}
 RAVLT = {f"ravlt_{i}": (128, H, N, 64) for i, (H, N) in enumerate(((1, 3136), (2, 784)), 1)}
+RAGGED = {name: MODEL_SHAPES[name] for name in ("pvt_stage1", "vit_s", "4k")}
 SHAPES = MODEL_SHAPES | SWEEP | WIDTHS | PVT | SWIN | MLLA | RAVLT
 
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
 class Inputs(NamedTuple):
-    """One set of inputs: q, k, v and the map's parameter are leaves; ``do`` is the output's gradient."""
+    """One set of inputs: q, k, v and the parameter are leaves; ``do`` is the output's gradient."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     parameter: Tensor | None
-    rope: Tensor | None
+    constant: Tensor | None
     do: Tensor
 
     @property
@@ -101,27 +102,60 @@ class Op(NamedTuple):
     shapes: dict[str, tuple[int, int, int, int]]
     forward_tensors: int  # of the size of q that must at least be read or written
     backward_tensors: int
-    parameter: Callable[[Tensor], Tensor] | None = None  # from uniform random numbers (H, D)
-    rope: bool = False
+    parameter: Callable[[Tensor], Tensor] | None = None  # from uniform random numbers (H, N, D)
+    constant: Callable[[Tensor], Tensor] | None = None  # from q: what has no gradient
+
+
+def rope(q: Tensor) -> Tensor:
+    """Rotary tables of a square grid, or of a row of tokens where there is none."""
+    N, D = q.shape[2:]
+    side = isqrt(N)
+    return axial_rope(q[:, 0], (side, side) if side**2 == N else (1, N), D, endpoint=True)
+
+
+def padding_mask(q: Tensor) -> Tensor:
+    """Key weights ``(B, 1, N)``, 1 for a sequence's tokens and 0 for its padding: lengths from N / 2 to N."""
+    B, _, N, _ = q.shape
+    lengths = torch.linspace(N / 2, N, B, device=q.device)[:, None, None]
+    return (torch.arange(N, device=q.device) < lengths).float()
+
+
+def sequence_starts(q: Tensor) -> Tensor:
+    """Cumulative lengths of B sequences that are packed one after the other."""
+    B, _, N, _ = q.shape
+    return torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=q.device)
+
+
+def varlen(x: Inputs) -> Tensor:
+    q, k, v = (y.transpose(1, 2).flatten(0, 1) for y in (x.q, x.k, x.v))
+    B, _, N, _ = x.q.shape
+    o = varlen_linear_attention(q, k, v, x.constant, N, feature_map="elu1")
+    return o.unflatten(0, (B, N)).transpose(1, 2)
 
 
 # Tensors that must at least move. Forward: q, k, v in, o out. Backward: q, k, v, do in, dq, dk, dv out.
 # focusing: its norms run over all heads. Where each head is a program of its own, k is read for the norm first, and
 # k and v once more for the norm's gradient. rala: a key's weight needs the mean of all queries (q once more), and the
-# mean's gradient comes from the keys, whose own need all queries before (q and do once more).
+# mean's gradient comes from the keys, whose own need all queries before (q and do once more). key_encoding: the sum of
+# its gradient over the batch reads dk once more.
 OPS = {
     "elu1": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map="elu1"), MODEL_SHAPES | SWEEP | WIDTHS, 4, 7),
     "relu": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map="relu"),
                {"pvt_1": PVT["pvt_1"], "vit_s": MODEL_SHAPES["vit_s"]}, 4, 7),
     "simple_la": Op(lambda x: simple_la(x.q, x.k, x.v), {"pvt_1": PVT["pvt_1"], "vit_s": MODEL_SHAPES["vit_s"]}, 4, 7),
-    "rope": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map="elu1", rope=x.rope), MLLA, 4, 7,
-               rope=True),
+    "rope": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map="elu1", rope=x.constant), MLLA, 4, 7,
+               constant=rope),
     "focusing": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map=focusing_power(x.parameter, 3)),
-                   PVT | SWIN, 5, 9, parameter=lambda u: 0.5 + u),
+                   PVT | SWIN, 5, 9, parameter=lambda u: 0.5 + u[:, 0]),
     "signed_power": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map=signed_power(x.parameter)),
-                       PVT | SWIN, 4, 7, parameter=lambda u: 1 + 4 * u),
-    "rala": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map="elu1", key_weight="softmax", rope=x.rope),
-               RAVLT, 5, 9, rope=True),
+                       PVT | SWIN, 4, 7, parameter=lambda u: 1 + 4 * u[:, 0]),
+    "rala": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map="elu1", key_weight="softmax", rope=x.constant),
+               RAVLT, 5, 9, constant=rope),
+    "key_encoding": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map="elu1", key_encoding=x.parameter),
+                       PVT, 4, 8, parameter=lambda u: u),
+    "padding_mask": Op(lambda x: linear_attention(x.q, x.k, x.v, feature_map="elu1", key_weight=x.constant),
+                       RAGGED, 4, 7, constant=padding_mask),
+    "varlen": Op(varlen, RAGGED, 4, 7, constant=sequence_starts),
 }  # fmt: skip
 
 
@@ -137,11 +171,10 @@ def make_inputs(op: Op, shape: Sequence[int], layout: str, device: torch.device,
         q, k, v = randn(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         q, k, v = (randn(B, H, N, D) for _ in range(3))
-    parameter = op.parameter and op.parameter(torch.rand(H, D, generator=generator, device=device)).requires_grad_()
-    grid = (isqrt(N), isqrt(N)) if isqrt(N) ** 2 == N else (1, N)
-    rope = axial_rope(q[:, 0], grid, D, endpoint=True) if op.rope else None
+    parameter = op.parameter and op.parameter(torch.rand(H, N, D, generator=generator, device=device)).requires_grad_()
+    constant = op.constant and op.constant(q)
     do = randn(B, N, H, D).transpose(1, 2)
-    return Inputs(*(x.detach().requires_grad_() for x in (q, k, v)), parameter, rope, do)
+    return Inputs(*(x.detach().requires_grad_() for x in (q, k, v)), parameter, constant, do)
 
 
 def forward(run: Callable, x: Inputs) -> tuple[Tensor]:

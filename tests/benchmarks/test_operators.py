@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import operators, timing
 from benchmarks.results import read_rows
+from flash_bla import linear_attention
 
 CPU = torch.device("cpu")
 SHAPE = (2, 2, 25, 8)
@@ -37,8 +38,8 @@ def test_inputs(op, layout):
         assert leaf.shape == SHAPE and leaf.is_leaf and leaf.requires_grad and leaf.dtype == torch.bfloat16
         assert leaf.stride() == ((N * token, D, token, 1) if layout == "packed" else (H * N * D, N * D, D, 1))
     assert x.do.transpose(1, 2).is_contiguous() and not x.do.requires_grad
-    assert (x.rope is not None) == (op in ("rope", "rala"))
-    assert (x.parameter is not None) == (op in ("focusing", "signed_power"))
+    assert (x.constant is not None) == (op in ("rope", "rala", "padding_mask", "varlen"))
+    assert (x.parameter is not None) == (op in ("focusing", "signed_power", "key_encoding"))
     for other in (operators.make_inputs(operators.OPS[op], SHAPE, layout, CPU, seed=1).q, x.k, x.v):
         assert not torch.equal(x.q, other)
 
@@ -53,6 +54,18 @@ def test_the_backward_pass_alone_can_be_repeated(op):
         gradients = backward()
         assert len(gradients) == len(x.leaves) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", ["varlen", "padding_mask"])
+def test_sequences_of_several_lengths(op):
+    x = operators.make_inputs(operators.OPS[op], (3, 2, 16, 8), "packed", CPU)
+    lengths = x.constant.diff() if op == "varlen" else x.constant.sum((1, 2))
+    assert lengths.tolist() == ([16, 16, 16] if op == "varlen" else [8, 12, 16])
+    o = operators.OPS[op].run(x)
+    for i, length in enumerate(lengths.int().tolist()):
+        k, v = (y[i : i + 1, :, :length] for y in (x.k, x.v))
+        alone = linear_attention(x.q[i : i + 1], k, v, feature_map="elu1")
+        torch.testing.assert_close(o[i : i + 1], alone, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("wrong", [1.02, float("nan")])
@@ -77,7 +90,8 @@ def test_wrong_results_end_the_script_before_it_measures(wrong, gradient, tmp_pa
 
 # Tensors of the size of q that move at least, counted by hand: forward, backward.
 TENSORS = {"elu1": (4, 7), "relu": (4, 7), "simple_la": (4, 7), "rope": (4, 7), "focusing": (5, 9),
-           "signed_power": (4, 7), "rala": (5, 9)}  # fmt: skip
+           "signed_power": (4, 7), "rala": (5, 9), "key_encoding": (4, 8), "padding_mask": (4, 7),
+           "varlen": (4, 7)}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", operators.OPS)
