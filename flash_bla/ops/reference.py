@@ -50,9 +50,9 @@ def linear_attention_reference(
     out_dtype = v.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
     with without_autocast(q):
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if key_encoding is not None:
-            k = k + key_encoding.to(dtype)
+            k = k.to(dtype) + key_encoding.to(k.dtype)  # as the kernels read it
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if isinstance(key_weight, str):
             key_weight = softmax_weights(feature_map(q), feature_map(k))
         weight = None if key_weight is None else key_weight.to(dtype).unsqueeze(-1)

@@ -118,3 +118,11 @@ def test_rotation_keeps_the_norm():
     x, angle = torch.randn(2, 3, 7, 8), torch.randn(3, 7, 4)
     turned = rotate(x, torch.stack([angle.cos(), angle.sin()], dim=-1))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_the_encoding_is_read_in_the_type_of_the_keys():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 9, 8, dtype=torch.bfloat16)
+    encoding = torch.randn(2, 9, 8)
+    outputs = [linear_attention(q, k, v, feature_map="elu1", key_encoding=e) for e in (encoding, encoding.bfloat16())]
+    assert torch.equal(*outputs)
