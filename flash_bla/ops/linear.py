@@ -11,6 +11,7 @@ from flash_bla.ops.silu_gate import check_gate, silu_gate
 from flash_bla.ops.triton_activations import record_gate, record_gate_gradient, record_gelu_gradient
 from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_support import is_eager, once_differentiable, run
+from flash_bla.tracing import recomputed
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 LARGE = 2**23  # elements of input or output from which on kernels should take longer than their launches: an estimate
@@ -65,7 +66,7 @@ def linear(
     if gate is not None:
         x = silu_gate(x, gate, backend=backend)
     elif gelu:
-        x = F.gelu(x)
+        x = recomputed(F.gelu, x)
     return F.linear(x, weight, bias)
 
 

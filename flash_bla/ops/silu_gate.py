@@ -9,6 +9,7 @@ from torch import Tensor
 from flash_bla.ops.arguments import autocast, check_device, choose_backend, expect
 from flash_bla.ops.triton_activations import record_gate, record_gate_gradient
 from flash_bla.ops.triton_support import is_eager, once_differentiable, run
+from flash_bla.tracing import recomputed
 
 
 def silu_gate(x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
@@ -26,6 +27,10 @@ def silu_gate(x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     x, gate = autocast(x, gate)
     if choose_backend(backend, x) == "triton" and is_eager(x):
         return _Eager.apply(x, gate)
+    return recomputed(_multiply, x, gate)
+
+
+def _multiply(x: Tensor, gate: Tensor) -> Tensor:
     return x * F.silu(gate)
 
 
