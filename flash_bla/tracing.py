@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
+@torch.compiler.assume_constant_result  # called while tracing, and not traced: Dynamo would take it to be True
 def is_exporting() -> bool:
-    """Whether ``torch.export`` is tracing, and not ``torch.compile``.
-
-    ``torch.compiler.is_exporting`` alone does not tell: under ``torch.compile``, PyTorch 2.11 lets it be True.
-    """
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    """Whether ``torch.export`` is tracing, and not ``torch.compile``."""
+    return torch.compiler.is_exporting()
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -23,6 +21,12 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     For elementwise functions before a matrix product: they are computed again in one pass with their own gradient.
     Left to itself, the compiler keeps both. Elsewhere this is the function itself.
     """
-    if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.compiler.is_dynamo_compiling() and any(x.requires_grad for x in tensors) and _can_checkpoint():
         return checkpoint(function, *tensors, use_reentrant=False)
     return function(*tensors)
+
+
+@torch.compiler.assume_constant_result
+def _can_checkpoint() -> bool:
+    """Whether what is traced may have a checkpoint in it, as an exported program and ``torch.func`` may not."""
+    return not (torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active())

@@ -6,7 +6,9 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from flash_bla.layers import Mlp
 from flash_bla.ops import linear
 from flash_bla.ops.triton_support import HAS_TRITON
 from tests.ops.cases import DEVICE
@@ -79,6 +81,48 @@ def test_what_the_activation_gives_is_not_kept(activation):
         with torch.autocast(DEVICE, torch.bfloat16):
             linear(x, weight, bias, backend="triton", **option).backward(dy)
     assert sorted(tuple(y.shape) for y in kept.values()) == [(40, 24), (50, 24)]  # the weight and x
+
+
+def kept_by(step, *leaves):
+    """Shapes of what is kept between the passes of a compiled step that returns a scalar, and the gradients."""
+    kept = {}
+    step = torch.compile(step, backend="aot_eager_decomp_partition", fullgraph=True)  # partitioned as Inductor does it
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.setdefault(y.data_ptr(), y), lambda y: y):
+        step(*leaves).backward()
+    return sorted(tuple(y.shape) for y in kept.values()), [x.grad for x in leaves]
+
+
+@pytest.mark.parametrize("in_checkpoint", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", "gate"])
+def test_nor_is_it_in_compiled_training(activation, in_checkpoint):
+    (x, weight, bias), dy = make_inputs((50, 24), 40, torch.float32)
+    others = [] if activation == "gelu" else [x.cos().requires_grad_()]
+
+    def step(x, weight, bias, *others):
+        options = dict(gate=others[0]) if others else dict(gelu=True)
+        return (linear(x, weight, bias, **options) * dy).sum()
+
+    def within(*leaves):  # with a user's checkpoint around, only that one counts
+        return checkpoint(step, *leaves, use_reentrant=False)
+
+    leaves = [y.requires_grad_() for y in (x, weight, bias)] + others
+    kept, gradients = kept_by(within if in_checkpoint else step, *leaves)
+    assert [shape for shape in kept if shape != tuple(dy.shape)] == [(40, 24), *[(50, 24)] * (1 + len(others))]
+    for got, want in zip(gradients, torch.autograd.grad(step(*leaves), leaves), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_traced_for_others_it_is_plain():
+    (x, weight, bias), _ = make_inputs((5, 16), 8, torch.float32)
+    loss = lambda weight: linear(x, weight, bias, gelu=True).sum()  # noqa: E731
+    of_sum = torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(weight)
+    torch.testing.assert_close(of_sum, F.gelu(x).sum(0).expand(8, 16))
+    model = Mlp(16, 32)
+    for strict in (False, True):
+        program = torch.export.export(model, (torch.randn(5, 16),), strict=strict)
+        assert [str(node.target) for node in program.graph.nodes if node.op == "call_function"] == [
+            "aten.linear.default", "aten.gelu.default", "aten.linear.default", "aten.dropout.default"
+        ]  # fmt: skip
 
 
 def test_gelu_and_gate_exclude_each_other():
