@@ -32,7 +32,8 @@ def linear(
 
     In eager mixed-precision training the gradients of weight and bias come in float32 at once, where PyTorch gives them
     in half precision and converts them, and f(x) is computed again in the backward pass instead of being kept. For
-    small tensors and everywhere else, ``torch.compile`` included, this is ``F.linear(f(x), weight, bias)`` itself.
+    small tensors and everywhere else this is ``F.linear(f(x), weight, bias)`` itself, of which ``torch.compile`` also
+    computes f(x) again.
 
     Args:
         x: ``(..., C)``.

@@ -18,7 +18,8 @@ def silu_gate(x: Tensor, gate: Tensor, *, backend: str | None = None) -> Tensor:
     Args:
         x: Any shape.
         gate: The same shape; under autocast both are cast to its type.
-        backend: As in ``linear_attention``; ``torch.compile`` takes the reference, which it fuses with its neighbours.
+        backend: As in ``linear_attention``; ``torch.compile`` takes the reference, which it fuses with its neighbours,
+            and computes again in the backward pass rather than keep it.
 
     Raises:
         ValueError: A shape or device that does not fit.
