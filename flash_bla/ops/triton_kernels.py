@@ -22,7 +22,8 @@ Heads narrower than a tile share one: GROUP heads stand side by side in its colu
 of two, so that whole cache lines are read, and their states are the diagonal blocks of one matrix whose other blocks
 are zero.
 
-``signed_power`` has loops of its own: triton_signed.py.
+``signed_power`` has loops of its own: triton_signed.py. So has what asks for nothing but a feature map, in bfloat16:
+triton_plain.py.
 
 An encoding of the keys' places, the same for all sequences, is added to them before their feature map.
 
@@ -46,6 +47,15 @@ results: where layouts differ, the compiler computes features once for each.
 from __future__ import annotations
 
 from flash_bla.ops.triton_loops import differentiate_keys, differentiate_queries, sum_keys, write_output
+from flash_bla.ops.triton_plain import (
+    differentiate_plain_keys,
+    differentiate_plain_queries,
+    load_plain_state,
+    plain_gradient_operands,
+    store_plain_state,
+    sum_plain_keys,
+    write_plain_output,
+)
 from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, share, tl
 from flash_bla.ops.triton_tiles import (
     _by_head,
@@ -60,6 +70,7 @@ from flash_bla.ops.triton_tiles import (
     _split_at,
     _state_rows,
     _store_state,
+    _sum_eighths,
     _sum_query_splits,
     _sum_splits,
     _tile,
@@ -114,11 +125,19 @@ def _softmax_scale(query_length, D: tl.constexpr):
 def state_kernel(
     k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
     rope_strides, cu_seqlens, query_sum_ptr, state_ptr, query_length, key_length, heads, query_splits, scale,
-    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """The sums over one split of the keys."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
+    if C.PLAIN:
+        plus, z_plus = sum_plain_keys(
+            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, begin, end, count, scale,
+            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+        )  # fmt: skip
+        store_plain_state(state_ptr, _split_at(sequence, heads, C) + head, head, heads, plus, z_plus, C)
+        return
     mean = 0.0
     if C.SOFTMAX:
         mean = _sum_query_splits(query_sum_ptr, sequence * heads + head, query_splits, head, heads, C)
@@ -186,11 +205,18 @@ def merge_kernel(
 def output_kernel(
     q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, rope_ptr, rope_strides,
     cu_seqlens, state_ptr, query_length, heads, eps,
-    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The output for one split of the queries."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
+    if C.PLAIN:
+        plus, z_plus = load_plain_state(state_ptr, sequence * heads + head, head, heads, C)
+        write_plain_output(
+            q_ptr, q_strides, o_ptr, o_strides, plus, z_plus, batch, head, heads, first, begin, end, eps,
+            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+        )  # fmt: skip
+        return
     plus, z_plus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
     write_output(
         q_ptr, q_strides, qd_ptr, qd_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
@@ -204,10 +230,24 @@ def forward_kernel(
     q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, qd_ptr, qd_strides, kd_ptr, kd_strides,
     o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, wk_ptr, wk_strides, rope_ptr, rope_strides, cu_seqlens, state_ptr,
     query_length, key_length, heads, scale, eps,
-    PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """The whole forward pass of a sequence; without a state_ptr the backward pass will sum the keys again."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+    if C.PLAIN:
+        plus, z_plus = sum_plain_keys(
+            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, 0, count, count, scale,
+            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+        )  # fmt: skip
+        if state_ptr is not None:
+            store_plain_state(state_ptr, sequence * heads + head, head, heads, plus, z_plus, C)
+        sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+        write_plain_output(
+            q_ptr, q_strides, o_ptr, o_strides, plus, z_plus, batch, head, heads, first, 0, count, eps,
+            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+        )  # fmt: skip
+        return
     plus, z_plus, _ = sum_keys(
         k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND, PRECISION, C,
@@ -244,6 +284,15 @@ def query_gradient_kernel(
         if tl.program_id(1) == 0:
             hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
             tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
+    if C.PLAIN:
+        d_plus, dz_plus = differentiate_plain_queries(
+            q_ptr, q_strides, do_ptr, do_strides, dq_ptr, dq_strides, plus, z_plus, mean, batch, head, heads, first,
+            begin, end, eps, PHI, PHI_DX, OPERAND, PRECISION, C, SUMS,
+        )  # fmt: skip
+        if SUMS:
+            at = _split_at(sequence, heads, C) + head
+            _store_state(d_state_ptr, at, head, heads, d_plus, _sum_eighths(dz_plus), C)
+        return
     d_plus, dz_plus = differentiate_queries(
         q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
         rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, z_plus,
@@ -267,6 +316,13 @@ def key_gradient_kernel(
     d_plus, dz_plus = _load_state(d_state_ptr, at, head, heads, C)
     hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     mean = tl.load(mean_ptr + (at + hv) * C.DV + c, mask=exists, other=0.0)
+    if C.PLAIN:
+        d_plus, dz_plus = plain_gradient_operands(d_plus, dz_plus, mean, count, OPERAND, C)
+        differentiate_plain_keys(
+            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, dk_ptr, dk_strides, dv_ptr, dv_strides, d_plus,
+            dz_plus, scale, batch, head, heads, first, begin, end, PHI, PHI_DX, OPERAND, PRECISION, C,
+        )  # fmt: skip
+        return
     query_mean, logarithm, average = 0.0, 0.0, 0.0
     if C.SOFTMAX or C.PARAMETER:
         plus, z_plus = _load_state(state_ptr, at, head, heads, C)
@@ -296,12 +352,18 @@ def backward_kernel(
     do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, wk_ptr, wk_strides, rope_ptr, rope_strides, cu_seqlens, state_ptr,
     dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr,
     dv_strides, dwk_ptr, dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, PHI_DX: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The whole backward pass of a sequence."""
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    if state_ptr is None:
+    if C.PLAIN and state_ptr is None:
+        plus, z_plus = sum_plain_keys(
+            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, 0, count, count, scale,
+            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+        )  # fmt: skip
+        plus, z_plus = tl.trans(plus), tl.sum(z_plus, 1) / z_plus.shape[1]
+    elif state_ptr is None:
         plus, z_plus, _ = sum_keys(
             k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
             rope_ptr, rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND,
@@ -311,6 +373,18 @@ def backward_kernel(
         plus, z_plus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
     plus, mean = _center(plus, z_plus, C)
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
+    if C.PLAIN:
+        d_plus, dz_plus = differentiate_plain_queries(
+            q_ptr, q_strides, do_ptr, do_strides, dq_ptr, dq_strides, plus, z_plus, mean, batch, head, heads, first, 0,
+            count, eps, PHI, PHI_DX, OPERAND, PRECISION, C, True,
+        )  # fmt: skip
+        sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+        d_plus, dz_plus = plain_gradient_operands(d_plus, dz_plus, mean, count, OPERAND, C)
+        differentiate_plain_keys(
+            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, dk_ptr, dk_strides, dv_ptr, dv_strides, d_plus,
+            dz_plus, scale, batch, head, heads, first, 0, count, PHI, PHI_DX, OPERAND, PRECISION, C,
+        )  # fmt: skip
+        return
     d_plus, dz_plus = differentiate_queries(
         q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
         rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, z_plus,

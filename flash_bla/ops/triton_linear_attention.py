@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flash_bla.ops import triton_single as single
 from flash_bla.ops.arguments import unpack
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
 from flash_bla.ops.triton_kernels import (
@@ -32,7 +33,6 @@ from flash_bla.ops.triton_signed import (
     signed_state_kernel,
     signed_sum_kernel,
 )
-from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
 from flash_bla.ops.triton_support import (
     Record,
     as_outputs,
@@ -105,6 +105,12 @@ class _Problem(NamedTuple):
             and self.q.dtype == torch.bfloat16 and self.normalize and self.q_denominator is None
         )  # fmt: skip
 
+    @property
+    def plain(self) -> bool:
+        """Whether the loops of triton_plain.py do all that is asked for."""
+        others = self.q_denominator, self.parameter, self.key_weight, self.rope
+        return self.q.dtype == torch.bfloat16 and not self.softmax and all(x is None for x in others)
+
     def new_empty(self, *shape: int) -> Tensor:
         return (self.record or self.q).new_empty(shape, dtype=torch.float32)
 
@@ -158,7 +164,7 @@ class _Problem(NamedTuple):
             self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None, self.softmax,
             self.cu_seqlens is not None, self.scale is None,
             self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
-            any(_is_wide(x) for x in (self.q, self.k, self.v)), self.align,
+            any(_is_wide(x) for x in (self.q, self.k, self.v)), self.align, self.plain,
         )  # fmt: skip
         return plan(kernel, D, self.v.shape[3], H, self.q.dtype, is_hopper(self.record.device), flags)
 
@@ -174,7 +180,7 @@ class _Problem(NamedTuple):
 
     def arguments(self) -> dict:
         """The arguments of the kernels that stand for inputs."""
-        phi, phi_dx, phi_da, pad = TRITON_FEATURE_MAPS[self.feature_map]
+        phi, phi_rounded, phi_dx, phi_da, pad = TRITON_FEATURE_MAPS[self.feature_map]
         tensors = dict(
             q=self.q, k=self.k, v=self.v, qd=self.q_denominator, kd=self.k_denominator, wq=self.query_weight,
             wk=self.key_weight,
@@ -183,8 +189,8 @@ class _Problem(NamedTuple):
             e_ptr=self.key_encoding, e_strides=encoding_strides(self.key_encoding), a_ptr=self.parameter,
             rope_ptr=self.rope, rope_strides=_rope_strides(self.rope), cu_seqlens=self.cu_seqlens, query_sum_ptr=None,
             query_splits=0, query_length=self.q.shape[2], key_length=self.k.shape[2], heads=self.q.shape[1],
-            scale=self.scale or 0.0, eps=self.eps, PHI=phi, PHI_DX=phi_dx, PHI_DA=phi_da, PAD=pad,
-            **precision(self.q.dtype),
+            scale=self.scale or 0.0, eps=self.eps, PHI=phi, PHI_ROUNDED=phi_rounded, PHI_DX=phi_dx, PHI_DA=phi_da,
+            PAD=pad, **precision(self.q.dtype),
         )  # fmt: skip
 
 
@@ -240,7 +246,8 @@ def _fits(kernel, problem: _Problem) -> bool:
     if kernel is backward_kernel and (problem.rope is not None or problem.parameter is not None):
         return False
     programs = problem.programs(problem.plan(kernel)[0])
-    return problem.short or programs >= 3 * multiprocessors(problem.record.device)
+    enough = 1.9 if problem.plain else 3  # programs on a multiprocessor that fill it
+    return problem.short or programs >= enough * multiprocessors(problem.record.device)
 
 
 def _reduce(record: Record, partial: Tensor) -> Tensor:
@@ -289,7 +296,8 @@ def record_forward(
     o = p.empty_output()
     arguments = p.arguments() | _with_strides(dict(o=o))
     if p.single:
-        _launch(single_forward_kernel, p, arguments)
+        plain = p.plain and key_encoding is None
+        _launch(single.plain_single_forward_kernel if plain else single.single_forward_kernel, p, arguments)
         return o, None
     whole = forward_kernel if p.signs == 1 else signed_forward_kernel
     if _fits(whole, p):
@@ -354,7 +362,9 @@ def record_backward(
         da_queries, da_keys = da[: rows[0]], da[rows[0] :]
     if whole:
         arguments |= dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries)
-        _launch(single_backward_kernel if p.single else backward_kernel, p, arguments)
+        plain = p.plain and key_encoding is None and max(q.shape[3], v.shape[3]) <= 32  # wider: too many registers
+        kernel = single.plain_single_backward_kernel if plain else single.single_backward_kernel
+        _launch(kernel if p.single else backward_kernel, p, arguments)
         return *gradients, dqd, dkd, da, dwq, dwk
     if p.sums_keys_again:
         state = p.empty_state(1)[0]

@@ -18,7 +18,8 @@ tiles while it computes. For names see triton_kernels.py.
 from __future__ import annotations
 
 from flash_bla.ops.triton_kernels import _store_parameter_gradient
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, fast_rounded_parts, jit, tl
+from flash_bla.ops.triton_plain import _by_thread, _to_value_columns
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, fast_inverse, fast_rounded_parts, jit, tl
 from flash_bla.ops.triton_tiles import (
     _by_eighth,
     _load_factor,
@@ -243,7 +244,7 @@ def single_backward_kernel(
         do = _load(do_ptr, do_strides, batch, head, c, queries, exists, 0.0, C).to(OPERAND)
         scores, others = _scores(q_operands, k_operands, turned_q, turned_k, half, C)
         d_scores = tl.dot(do, tl.trans(v))
-        inverse = 1.0 / (tl.sum(others, 1)[:, None] * one + least)
+        inverse = fast_inverse(tl.sum(others, 1)[:, None] * one + least)
         shift = inverse * tl.sum(scores * d_scores, 1)[:, None]
         if C.QUERY_WEIGHT:
             # by the weight's logarithm, ε do · o / (φ̃(q) · z + ε)², where that is more than rounding
@@ -293,3 +294,85 @@ def single_backward_kernel(
         else:
             da *= tl.reshape(-2.0 * C.EXPONENT / a, C.BLOCK_D)
         _store_parameter_gradient(da_ptr, batch * heads + head, head, heads, da, C)
+
+
+# --- where nothing but a feature map is asked for: see triton_plain.py ------------------------------------------------
+# One program for each place on the device also backward. Denominators are sums of scores as they are rounded.
+
+
+@jit
+def _next_head(batch, head, heads, more):
+    """The sequence and head of this program's next turn; ``more`` is how many programs and heads there are, divided."""
+    batch, head = batch + more, head + (tl.num_programs(0) - more * heads)
+    return tl.where(head < heads, batch, batch + 1), tl.where(head < heads, head, head - heads)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def plain_single_forward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, o_ptr, o_strides, query_length, key_length, heads, programs,
+    scale, eps, PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The forward pass of those of ``programs`` sequences and heads that are this one's turn."""
+    d, c, n = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV), tl.arange(0, C.BLOCK_N)
+    queries, keys = n < query_length, n < key_length
+    one = 1.0 / tl.maximum(key_length, 1).to(tl.float32)
+    if C.MEAN:
+        scale = one
+    # keys that are none have features of their own, but no values, and count as nothing in the denominators
+    quarters = tl.where(keys[:, None], tl.full((C.BLOCK_N, 16), 0.25, OPERAND), 0.0)
+    batch, head, more = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.num_programs(0) // heads
+    for _ in range(tl.program_id(0), programs, tl.num_programs(0)):
+        k = _load(k_ptr, k_strides, batch.to(tl.int64), head, d, keys, d < C.D, 0.0, C)
+        q = _load(q_ptr, q_strides, batch.to(tl.int64), head, d, queries, d < C.D, 0.0, C)
+        v = _load(v_ptr, v_strides, batch.to(tl.int64), head, c, keys, c < C.DV, 0.0, C).to(OPERAND)
+        k, q = PHI_ROUNDED(k, PHI, C.EXPONENT, OPERAND), PHI_ROUNDED(q, PHI, C.EXPONENT, OPERAND)
+        if C.D < C.BLOCK_D:
+            k = tl.where((d < C.D)[None, :], k, 0.0)
+        scores = tl.dot(q, tl.trans(k)).to(OPERAND)
+        o = tl.dot(scores, v)
+        inverse = scale * fast_inverse(_by_thread(tl.dot(scores, quarters), C) * one + eps)
+        o *= _to_value_columns(inverse, C)
+        _store(o_ptr, o_strides, batch.to(tl.int64), head, c, queries, c < C.DV, o, C)
+        batch, head = _next_head(batch, head, heads, more)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def plain_single_backward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, do_ptr, do_strides, dq_ptr, dq_strides, dk_ptr, dk_strides,
+    dv_ptr, dv_strides, query_length, key_length, heads, programs, scale, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The backward pass of those of ``programs`` sequences and heads that are this one's turn."""
+    d, c, n = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV), tl.arange(0, C.BLOCK_N)
+    queries, keys = n < query_length, n < key_length
+    one = 1.0 / tl.maximum(key_length, 1).to(tl.float32)
+    if C.MEAN:
+        scale = one
+    least = tl.where(queries[:, None], eps, 1.0)
+    identity = tl.where(d[:, None] == d[None, :], 1.0, 0.0).to(OPERAND)
+    batch, head, more = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.num_programs(0) // heads
+    for _ in range(tl.program_id(0), programs, tl.num_programs(0)):
+        k = _load(k_ptr, k_strides, batch.to(tl.int64), head, d, keys, d < C.D, 0.0, C)
+        q = _load(q_ptr, q_strides, batch.to(tl.int64), head, d, queries, d < C.D, 0.0, C)
+        v = _load(v_ptr, v_strides, batch.to(tl.int64), head, c, keys, c < C.DV, 0.0, C).to(OPERAND)
+        do = _load(do_ptr, do_strides, batch.to(tl.int64), head, c, queries, c < C.DV, 0.0, C).to(OPERAND)
+        k, q = tl.dot(k.to(OPERAND), identity), tl.dot(q.to(OPERAND), identity)  # the layout of a product
+        phi_k = tl.where(keys[:, None] & (d < C.D)[None, :], PHI(k, 1.0, C.EXPONENT), 0.0)
+        phi_q = PHI(q, 1.0, C.EXPONENT)
+        k_operand, q_operand = phi_k.to(OPERAND), phi_q.to(OPERAND)
+        scores = tl.dot(q_operand, tl.trans(k_operand))
+        d_scores = tl.dot(do, tl.trans(v))
+        inverse = fast_inverse(tl.sum(scores, 1)[:, None] * one + least)
+        shift = inverse * tl.sum(scores * d_scores, 1)[:, None]
+        inverse *= scale
+        shift *= inverse * one
+        if dv_ptr is not None:
+            dv = tl.dot(tl.trans((scores * inverse).to(OPERAND)), do)
+            _store(dv_ptr, dv_strides, batch.to(tl.int64), head, c, keys, c < C.DV, dv, C)
+        d_scores = (d_scores * inverse - shift).to(OPERAND)
+        dq = tl.dot(d_scores, k_operand) * PHI_DX(q, phi_q, 1.0, C.EXPONENT)
+        _store(dq_ptr, dq_strides, batch.to(tl.int64), head, d, queries, d < C.D, dq, C)
+        if dk_ptr is not None:
+            dk = tl.dot(tl.trans(d_scores), q_operand) * PHI_DX(k, phi_k, 1.0, C.EXPONENT)
+            _store(dk_ptr, dk_strides, batch.to(tl.int64), head, d, keys, d < C.D, dk, C)
+        batch, head = _next_head(batch, head, heads, more)

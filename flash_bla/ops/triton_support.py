@@ -67,6 +67,30 @@ def _rounded_parts_nvidia(x, TYPE: tl.constexpr, MAGNITUDES: tl.constexpr):
 
 
 @jit
+def exp_to_one(x):
+    """min(eˣ, 1)"""
+    return tl.exp2(tl.minimum(x * 1.4426950408889634, 0.0))
+
+
+@jit
+def _exp_to_one_nvidia(x):
+    return tl.inline_asm_elementwise(
+        "{.reg .f32 x; mul.f32 x, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 x, x; add.sat.f32 $0, x, 0f00000000;}", "=f,f",
+        [x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@jit
+def inverse(x):
+    return 1.0 / x
+
+
+@jit
+def _inverse_nvidia(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@jit
 def same(x, zero):
     return x
 
@@ -85,11 +109,16 @@ def _computed_here(x, zero):
 
 # NVIDIA's own instructions: Triton's logarithm takes 31 to be right for denormal numbers, too, and two numbers are
 # rounded by one and take one more each for their positive and their negative part
-if HAS_TRITON and not INTERPRETING and torch.version.hip is None:
+NVIDIA = HAS_TRITON and not INTERPRETING and torch.version.hip is None
+if NVIDIA:
+    fast_exp_to_one = _exp_to_one_nvidia
+    fast_inverse = _inverse_nvidia
     fast_log2 = tl.extra.cuda.libdevice.fast_log2f
     fast_rounded_parts = _rounded_parts_nvidia
     computed_here = _computed_here
 else:
+    fast_exp_to_one = exp_to_one
+    fast_inverse = inverse
     fast_log2 = log2
     fast_rounded_parts = rounded_parts
     computed_here = same

@@ -34,6 +34,7 @@ class Config(NamedTuple):
     FEW: bool  # keys: z sums rounded features
     WIDE: bool  # tiles that span 2³¹ elements and more
     ALIGN: int  # divides all strides but the columns'
+    PLAIN: bool  # the loops of triton_plain.py do all that is asked for
 
 
 # --- rows, columns, heads ---------------------------------------------------------------------------------------------

@@ -25,7 +25,12 @@ from flash_bla.ops.triton_signed import (
     signed_state_kernel,
     signed_sum_kernel,
 )
-from flash_bla.ops.triton_single import single_backward_kernel, single_forward_kernel
+from flash_bla.ops.triton_single import (
+    plain_single_backward_kernel,
+    plain_single_forward_kernel,
+    single_backward_kernel,
+    single_forward_kernel,
+)
 from flash_bla.ops.triton_support import power_of_two
 from flash_bla.ops.triton_tiles import Config
 
@@ -50,19 +55,20 @@ _PLAIN = {
     query_sum_kernel: (Tuning(64, 8, 1, None), Tuning(64, 8, 1, None)),
     state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
     output_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
-    query_gradient_kernel: (Tuning(32, 4, 3, 128), Tuning(32, 2, 3, None)),
+    query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
     key_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
     forward_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
-    backward_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+    backward_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, None)),
     single_forward_kernel: (Tuning(0, 5, 2, None, True), Tuning(0, 3, 2, None, True)),
     single_backward_kernel: (Tuning(0, 4, 1, 128), Tuning(0, 2, 1, None)),
+    plain_single_forward_kernel: (Tuning(0, 4, 3, None, True), Tuning(0, 3, 2, None, True)),
+    plain_single_backward_kernel: (Tuning(0, 3, 3, 168, True), Tuning(0, 3, 3, 168, True)),  # narrow heads alone
 }
 TUNING = {
     "plain": _PLAIN,
     "rope": _PLAIN
     | {
         state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
         key_gradient_kernel: (Tuning(64, 3, 3, 168), Tuning(32, 2, 3, None)),
     },
     "focusing": _PLAIN

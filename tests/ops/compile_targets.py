@@ -19,6 +19,7 @@ from flash_bla.ops import triton_depthwise_conv as conv
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
 from flash_bla.ops import triton_piecewise_sparse as sparse
+from flash_bla.ops import triton_plain as plain
 from flash_bla.ops import triton_signed as signed
 from flash_bla.ops import triton_single as single
 from flash_bla.ops import triton_support as support
@@ -173,9 +174,15 @@ def main(targets):
         # as an import on such a machine does
         hip = target.backend == "hip"
         feature_maps.fast_log2 = support.log2 if hip else support.fast_log2
+        feature_maps.fast_exp_to_one = support.exp_to_one if hip else support.fast_exp_to_one
+        elu1 = list(feature_maps.TRITON_FEATURE_MAPS["elu1"])
+        elu1[1] = feature_maps._rounded if hip else feature_maps._elu1_rounded_nvidia
+        feature_maps.TRITON_FEATURE_MAPS["elu1"] = tuple(elu1)
         module.is_hopper = lambda device, hopper=name == "sm_90": hopper
         for kernels in (signed, single):
             kernels.fast_rounded_parts = support.rounded_parts if hip else support.fast_rounded_parts
+        for kernels in (plain, single):
+            kernels.fast_inverse = support.inverse if hip else support.fast_inverse
         signed.computed_here = support.same if hip else support.computed_here
         most, count = (0, ""), 0
         for label, dtype, run in runs:

@@ -1,0 +1,293 @@
+"""Linear attention in Triton: the loops over rows where nothing but a feature map is asked for, in bfloat16.
+
+They do what those of triton_loops.py do, with fewer instructions: forward with two thirds of them. Features are rounded
+to operands as they are computed, two at a time. S is summed as φ(k)ᵀ v, not transposed: φ(k)ᵀ is loaded as such and
+goes to the matrix units from registers, as no other operand that is computed can, and so nothing waits for shared
+memory. z is a product as well, φ(k)ᵀ with ones, and comes as what the queries are multiplied with. Rows outside a
+sequence are zeros: their features are φ(0), which z subtracts.
+
+For equations and names see triton_kernels.py.
+"""
+
+from __future__ import annotations
+
+from flash_bla.ops.triton_support import fast_inverse, jit, tl
+from flash_bla.ops.triton_tiles import (
+    _add_products,
+    _both_by_head,
+    _by_eighth,
+    _columns,
+    _identity,
+    _mask_heads,
+    _next,
+    _state_offsets,
+    _state_rows,
+    _sum_eighths,
+    _tile,
+    _to_columns,
+    _to_product_layout,
+    _vector_operand,
+    _vector_product,
+    _zeros,
+    _zeros3,
+)
+
+# --- states: S (D, DV) and z (D, parts), each of whose columns is z ---------------------------------------------------
+# Of a product's result, a thread holds of each 8 columns the pair that is its own among 4 threads'. Columns of z are
+# (head, thread, z rounded and what that leaves), so that each thread gets the denominators that it needs.
+
+
+@jit
+def _parts(C: tl.constexpr):
+    return tl.arange(0, 8 * C.GROUP if C.GROUP > 1 else 16)
+
+
+@jit
+def _mask_plain(plus, z, C: tl.constexpr):
+    """Zero where a row does not exist or, in S, a column is of another head."""
+    h, _, exists = _columns(0, C.GROUP, C.D, C.BLOCK_D, C)
+    hv = tl.arange(0, C.BLOCK_DV) // (C.BLOCK_DV // C.GROUP)
+    if C.GROUP > 1:
+        plus = tl.where(exists[:, None] & (h[:, None] == hv[None, :]), plus, 0.0)
+    elif C.D < C.BLOCK_D:
+        plus = tl.where(exists[:, None], plus, 0.0)
+    if C.GROUP * C.D < C.BLOCK_D:
+        z = tl.where(exists[:, None], z, 0.0)
+    return plus, z
+
+
+@jit
+def store_plain_state(state_ptr, at, head, heads, plus, z, C: tl.constexpr):
+    offsets, mask, z_offsets, exists = _state_offsets(head, heads, C)
+    state_ptr += at * (_state_rows(C) * C.D)
+    tl.store(state_ptr + tl.trans(offsets), plus, mask=tl.trans(mask))
+    first = (_parts(C) == 0)[None, :]
+    tl.store(state_ptr + (z_offsets[:, None] + _parts(C)[None, :]), z, mask=exists[:, None] & first)
+
+
+@jit
+def load_plain_state(state_ptr, at, head, heads, C: tl.constexpr):
+    offsets, mask, z_offsets, exists = _state_offsets(head, heads, C)
+    state_ptr += at * (_state_rows(C) * C.D)
+    plus = tl.load(state_ptr + tl.trans(offsets), mask=tl.trans(mask), other=0.0)
+    z_offsets = z_offsets[:, None] + (_parts(C) * 0)[None, :]
+    return plus, tl.load(state_ptr + z_offsets, mask=exists[:, None], other=0.0)
+
+
+@jit
+def _z_operand(z, OPERAND: tl.constexpr, C: tl.constexpr):
+    part = _parts(C)[None, :]
+    rounded = z.to(OPERAND)
+    rest = (z - rounded.to(tl.float32)).to(OPERAND)
+    z = tl.where(part % 2 == 0, rounded, rest)
+    if C.GROUP == 1:
+        return tl.where(part < 8, z, 0.0)
+    else:
+        h = tl.arange(0, C.BLOCK_D) // (C.BLOCK_D // C.GROUP)
+        return tl.where(part // 8 == h[:, None], z, 0.0)
+
+
+@jit
+def _by_thread(products, C: tl.constexpr):
+    """Sums of a product's parts, as each of 4 threads has them: (rows, parts) to (rows, GROUP, 4)."""
+    sums = tl.sum(tl.reshape(products, C.BLOCK_N, products.shape[1] // 8, 4, 2), 3)
+    return tl.sum(sums, 1)[:, None, :] if C.GROUP == 1 else sums
+
+
+@jit
+def _to_value_columns(x, C: tl.constexpr):
+    """(rows, GROUP, 4) to the columns that each thread has of a tile of values."""
+    x = tl.reshape(x, C.BLOCK_N, C.GROUP, 1, 4, 1)
+    x = tl.broadcast_to(x, C.BLOCK_N, C.GROUP, C.BLOCK_DV // C.GROUP // 8, 4, 2)
+    return tl.reshape(x, C.BLOCK_N, C.BLOCK_DV)
+
+
+# --- loops ------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def sum_plain_keys(
+    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, begin, end, count, scale,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """S = s Σ φ(k)ᵀ v and z = Σ φ(k) / M over the rows from ``begin`` to ``end``."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
+    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    if e_ptr is not None:
+        e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
+    plus, z = _zeros(C.BLOCK_D, C.BLOCK_DV), _zeros(C.BLOCK_D, _parts(C).shape[0])
+    # Twos and halves: by itself the compiler would make both products one sum that goes on through the loop, and then
+    # wait after each instruction of either.
+    twos = tl.full((C.BLOCK_N, _parts(C).shape[0]), 2.0, OPERAND)
+
+    for start in range(begin, end, C.BLOCK_N):
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        mask, v_mask = inside[None, :] & exists[:, None], inside[:, None] & exists_v[None, :]
+        k = tl.load(k_ptr + tl.trans(k_tile), mask=mask, other=0.0)
+        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
+        if e_ptr is not None:
+            e = tl.load(e_ptr + tl.trans(e_tile), mask=mask, other=0.0)
+            e_ptr = _next(e_ptr, e_strides, C)
+            phi = PHI(k.to(tl.float32) + e.to(tl.float32), 1.0, C.EXPONENT).to(OPERAND)
+        else:
+            phi = PHI_ROUNDED(k, PHI, C.EXPONENT, OPERAND)
+        plus = tl.dot(phi, v, plus, input_precision=PRECISION)
+        if C.NORMALIZE:
+            z += 0.5 * tl.dot(phi, twos, input_precision=PRECISION)
+        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
+
+    rows = tl.maximum(end - begin, 0)
+    outside = tl.cdiv(rows, C.BLOCK_N) * C.BLOCK_N - rows
+    z -= outside.to(tl.float32) * PHI(_zeros(1, _parts(C).shape[0]), 1.0, C.EXPONENT)
+    one = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if C.MEAN:
+        scale = one
+    return _mask_plain(plus * scale, z * one, C)
+
+
+@jit
+def write_plain_output(
+    q_ptr, q_strides, o_ptr, o_strides, plus, z, batch, head, heads, first, begin, end, eps,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """o = φ(q) S / (φ(q) · z + ε)."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    o_ptr, o_tile = _tile(o_ptr, o_strides, batch, head, first + begin, hv, c, C)
+    plus = plus.to(OPERAND)
+    z = _z_operand(z, OPERAND, C)
+
+    for start in range(begin, end, C.BLOCK_N):
+        inside = tl.arange(0, C.BLOCK_N) < end - start
+        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
+        phi = PHI_ROUNDED(q, PHI, C.EXPONENT, OPERAND)
+        o = tl.dot(phi, plus, input_precision=PRECISION)
+        if C.NORMALIZE:
+            denominator = _by_thread(tl.dot(phi, z, input_precision=PRECISION), C)
+            o *= _to_value_columns(fast_inverse(denominator + eps), C)
+        # said otherwise than for the load, which comes tiles before: its masks would be kept until here
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
+
+
+@jit
+def differentiate_plain_queries(
+    q_ptr, q_strides, do_ptr, do_strides, dq_ptr, dq_strides, plus, z, mean, batch, head, heads, first, begin, end, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    SUMS: tl.constexpr,
+):  # fmt: skip
+    """Writes the queries' gradients, and returns dS (DV, D), and dz in parts (BLOCK_N / 16, 8, D) to be added up.
+
+    S is (DV, D) here and z (D), as ``_load_state`` gives them, and ``mean`` the values' mean. Without ``SUMS`` neither
+    dS nor dz is needed.
+    """
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
+    dq_ptr, dq_tile = _tile(dq_ptr, dq_strides, batch, head, first + begin, h, d, C)
+    identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
+    plus = plus.to(OPERAND)
+    mean = _vector_operand(mean, C.BLOCK_DV, OPERAND, C)
+    z = z[None, :]
+    d_plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
+    dz = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+
+    for start in range(begin, end, C.BLOCK_N):
+        inside = tl.arange(0, C.BLOCK_N) < end - start
+        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
+        do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
+        q = _to_product_layout(q, identity, OPERAND)
+        phi = PHI(q, 1.0, C.EXPONENT)
+        d_phi = tl.dot(do, plus, input_precision=PRECISION)
+        if C.NORMALIZE:
+            inverse, weight = _both_by_head(phi * z, phi * d_phi, C)
+            inverse = fast_inverse(inverse + tl.where(inside[:, None], eps, 1.0))
+            # -dn · o / (φ(q) · z + ε), with what the mean has taken out of S
+            weight = (eps * _vector_product(do, mean, PRECISION, C) - weight) * inverse
+            inverse, weight = _to_columns(inverse, C), _to_columns(weight, C)
+            d_phi += weight * z
+            scaled = phi * inverse
+            if SUMS:
+                dz = _add_products(dz, scaled, weight, C)
+        else:
+            scaled, inverse = phi, 1.0
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        if SUMS:
+            d_plus = tl.dot(tl.trans(do), scaled.to(OPERAND), d_plus, input_precision=PRECISION)
+        dq = d_phi * PHI_DX(q, scaled, 1.0, C.EXPONENT, inverse)
+        tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
+        q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
+
+    if C.GROUP * C.D < C.BLOCK_D:  # φ need not be zero in columns that do not exist
+        d_plus, dz = tl.where(exists[None, :], d_plus, 0.0), tl.where(exists[None, None, :], dz, 0.0)
+    return _mask_heads(d_plus, C), dz
+
+
+@jit
+def differentiate_plain_keys(
+    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, dk_ptr, dk_strides, dv_ptr, dv_strides, d_plus, dz, scale,
+    batch, head, heads, first, begin, end,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of keys and values, from dS (DV, D) as an operand and dz (D), with all factors but s."""
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
+    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    dk_ptr, dk_tile = _tile(dk_ptr, dk_strides, batch, head, first + begin, h, d, C)
+    dv_ptr, dv_tile = _tile(dv_ptr, dv_strides, batch, head, first + begin, hv, c, C)
+    if e_ptr is not None:
+        e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
+    identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
+    if C.MEAN:
+        scale = 1.0
+
+    for start in range(begin, end, C.BLOCK_N):
+        inside = tl.arange(0, C.BLOCK_N) < end - start
+        k = tl.load(k_ptr + k_tile, mask=inside[:, None] & exists[None, :], other=0.0)
+        v = tl.load(v_ptr + v_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
+        k = _to_product_layout(k, identity, OPERAND)
+        if e_ptr is not None:
+            e = tl.load(e_ptr + e_tile, mask=inside[:, None] & exists[None, :], other=0.0)
+            k += _to_product_layout(e, identity, OPERAND)
+            e_ptr = _next(e_ptr, e_strides, C)
+        phi = PHI(k, 1.0, C.EXPONENT)
+        dv = tl.dot(phi.to(OPERAND), tl.trans(d_plus), input_precision=PRECISION) * scale
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        tl.store(dv_ptr + dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
+        if C.NORMALIZE:
+            d_phi += dz[None, :]
+        dk = d_phi * PHI_DX(k, phi, 1.0, C.EXPONENT)
+        tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
+        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
+        dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
+
+
+@jit
+def plain_gradient_operands(d_plus, dz, mean, count, OPERAND: tl.constexpr, C: tl.constexpr):
+    """dS and dz of ``differentiate_plain_keys`` from their sums; dz (D), or in parts.
+
+    (v - m) dSᵀ = v dSᵀ - m dSᵀ with the same rounded dS: the mean cancels although v enters the product as it is.
+    """
+    one = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    if C.MEAN:
+        d_plus *= one
+        dz *= one
+        one = 1.0
+    d_plus = d_plus.to(OPERAND)
+    if C.CENTER:
+        shift = mean[:, None] * d_plus.to(tl.float32)
+        if len(dz.shape) == 3 and C.BLOCK_N == C.BLOCK_DV:  # one sum over rows for both
+            dz -= _by_eighth(shift, C)
+            dz = _sum_eighths(dz)
+        else:
+            dz = (_sum_eighths(dz) if len(dz.shape) == 3 else dz) - tl.sum(shift, 0)
+    elif len(dz.shape) == 3:
+        dz = _sum_eighths(dz)
+    return d_plus, dz * one
