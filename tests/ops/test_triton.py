@@ -255,3 +255,44 @@ def test_empty_batch_has_a_gradient_of_zero(make):
     parameter = torch.full((2, 16), 1.5, device=DEVICE, requires_grad=True)
     linear_attention(q, q, q, feature_map=make(parameter), backend="triton").sum().backward()
     assert q.grad.shape == q.shape and torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+@pytest.mark.parametrize("heads", [4, 5])
+@pytest.mark.parametrize("N, D", [(40, 8), (300, 16)])
+def test_four_heads_share_a_tile(heads, N, D):
+    inputs = make_inputs((1, heads, N, N, D, D), Variant(), torch.bfloat16)
+    results = [
+        forward_backward(linear_attention, Variant(), inputs, dtype, backend=backend)
+        for backend, dtype in (("triton", None), ("reference", torch.float64))
+    ]
+    assert_close(*results, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3000, 3000, 64, 64), (2, 3, 1000, 2500, 24, 24)], ids=str)
+def test_split_sequences_are_reproducible(shape):
+    if DEVICE == "cpu":
+        shape = (1, 1, *(n // 5 for n in shape[2:4]), *shape[4:])
+    inputs = make_inputs(shape, Variant(), torch.bfloat16)
+    results = [forward_backward(linear_attention, Variant(), inputs, backend="triton") for _ in range(3)]
+    expected = forward_backward(linear_attention, Variant(), inputs, torch.float64, backend="reference")
+    assert_close(results[0], expected, TOLERANCE[torch.bfloat16])
+    for other in results[1:]:
+        assert all(torch.equal(x, other[name]) for name, x in results[0].items())
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", "relu"])
+def test_varlen_in_bfloat16(feature_map):
+    lengths, H, D = [1, 70, 0, 33, 200], 2, 24
+    generator = torch.Generator().manual_seed(0)
+    packed = [torch.randn(sum(lengths), H, D, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(4)]
+    leaves, do = [x.requires_grad_() for x in packed[:3]], packed[3]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+    o = varlen_linear_attention(*leaves, cu_seqlens, max(lengths), feature_map=feature_map, backend="triton")
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = varlen_linear_attention(*exact, cu_seqlens, max(lengths), feature_map=feature_map, backend="reference")
+    for got, want in zip(
+        (o, *torch.autograd.grad(o, leaves, do)),
+        (expected, *torch.autograd.grad(expected, exact, do.double())),
+        strict=True,
+    ):
+        assert (got - want).norm() <= TOLERANCE[torch.bfloat16] * want.norm()
