@@ -6,9 +6,9 @@ from flash_bla.layers.attention import (
     create_attention,
     register_attention,
 )
-from flash_bla.layers.conv import DepthwiseConv
+from flash_bla.layers.conv import DepthwiseConv, convolve_and_norm
 from flash_bla.layers.cross_window import CrossShapedWindowAttention
-from flash_bla.layers.dense import Linear, Mlp, activate_linear
+from flash_bla.layers.dense import Linear, Mlp, apply_linear
 from flash_bla.layers.focused import FocusedLinearAttention
 from flash_bla.layers.generalized_linear import GeneralizedLinearAttention
 from flash_bla.layers.linear import LinearAttention
@@ -37,10 +37,11 @@ __all__ = [
     "RankAugmentedLinearAttention",
     "SoftmaxAttention",
     "WindowAttention",
-    "activate_linear",
+    "apply_linear",
     "attention_options",
     "axial_rope",
     "check_attention_args",
+    "convolve_and_norm",
     "create_attention",
     "register_attention",
     "resample_encoding",

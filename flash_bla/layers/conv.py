@@ -5,7 +5,10 @@ from __future__ import annotations
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from flash_bla.layers.hooks import is_plain
+from flash_bla.layers.norm import LayerNorm
 from flash_bla.ops import depthwise_conv, linear_attention, linear_attention_dwc
+from flash_bla.ops.conv_norm import depthwise_conv_norm
 
 
 @register_notrace_module  # torch.fx must not trace into it: it branches on shapes
@@ -59,10 +62,20 @@ def attend_with_conv(
 
     That, and a module with hooks, is called on the values, after the attention.
     """
-    if type(conv) is DepthwiseConv and not conv._forward_pre_hooks and not conv._forward_hooks:
+    if is_plain(conv, DepthwiseConv):
         return linear_attention_dwc(qkv, grid, conv.weight, conv.bias, v=v, **options)
     q, k, *others = qkv.unbind(2)
-    v = others.pop(0) if v is None else v
+    v = others.pop(0) if v is None else v.unflatten(2, (q.shape[2], -1))
     o = linear_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
     gate = others[0].flatten(2) if others else None
     return conv(v.flatten(2), grid, add=o.transpose(1, 2).flatten(2), gate=gate)
+
+
+def convolve_and_norm(
+    conv: nn.Module, norm: nn.Module, x: Tensor, grid: tuple[int, int], add: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The norm of s = z + conv(z), of tokens z = x [+ add], and s."""
+    # torch.fx, whose x is no tensor, sees the modules
+    if isinstance(x, Tensor) and is_plain(conv, DepthwiseConv) and is_plain(norm, LayerNorm):
+        return depthwise_conv_norm(x, grid, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps, add=add)
+    return norm(conv(x if add is None else x + add, grid, residual=True), residual=True)

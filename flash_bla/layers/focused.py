@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv, attend_with_conv
-from flash_bla.layers.dense import Linear
+from flash_bla.layers.dense import Linear, apply_linear
 from flash_bla.layers.position import KeyPositionalEncoding
 from flash_bla.layers.tokens import at_least_float32, head_width
 from flash_bla.ops import focusing_power
@@ -75,10 +75,10 @@ class FocusedLinearAttention(KeyPositionalEncoding):
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
         scale = F.softplus(at_least_float32(self.scale)).view(self.num_heads, -1)
         x = self.attend(
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)),
+            apply_linear(self.qkv, x, split=(3, self.num_heads, -1)),
             grid,
             feature_map=focusing_power(scale, self.focusing_factor),
-            key_encoding=self.encode_position(x, grid, self.num_heads),
+            key_encoding=self.encode_position(x, grid).reshape(-1, *scale.shape).transpose(0, 1),
         )
         return self.proj_drop(self.proj(x))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
-from flash_bla.layers.dense import Linear
+from flash_bla.layers.dense import Linear, apply_linear
 from flash_bla.layers.tokens import head_width
 from flash_bla.ops import linear_attention_qkvpacked
 
@@ -43,6 +43,6 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the grid plays no part."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        qkv = apply_linear(self.qkv, x, split=(3, self.num_heads, -1))
         x = linear_attention_qkvpacked(qkv, feature_map="elu1").flatten(2)
         return self.proj_drop(self.proj(x))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv, attend_with_conv
-from flash_bla.layers.dense import Linear
+from flash_bla.layers.dense import Linear, apply_linear
 from flash_bla.layers.rope import axial_rope
 from flash_bla.layers.tokens import head_width
 
@@ -50,9 +50,9 @@ class MambaLikeLinearAttention(nn.Module):
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
         return attend_with_conv(
             self.lepe,
-            self.qk(x).unflatten(-1, (2, self.num_heads, -1)),
+            apply_linear(self.qk, x, split=(2, self.num_heads, -1)),
             grid,
-            v=x.unflatten(-1, (self.num_heads, -1)),
+            v=x,
             feature_map="elu1",
             rope=axial_rope(x, grid, x.shape[2], self.num_heads),
         )

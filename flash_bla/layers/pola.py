@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv, attend_with_conv
-from flash_bla.layers.dense import Linear
+from flash_bla.layers.dense import Linear, apply_linear
 from flash_bla.layers.position import KeyPositionalEncoding
-from flash_bla.layers.tokens import at_least_float32, head_width, scale_outputs
+from flash_bla.layers.tokens import head_width, scale_outputs
 from flash_bla.ops import signed_power
+from flash_bla.ops.polarity import polarity_parameters
 
 
 @register_attention("pola")
@@ -78,42 +78,21 @@ class PolaLinearAttention(KeyPositionalEncoding):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
-        encoding = self.encode_position(x, grid, self.num_heads)
-        if self.scale is None:
-            x = self.qkvg(x)
-        else:
-            # Powers of products are products of powers: the queries' scale can be the keys', too.
-            factor = self._key_factor()
-            encoding = encoding * factor.view(self.num_heads, 1, -1)
-            x = self._project(x, self._factor_of_all(factor))
-        power = 1 + self.alpha * at_least_float32(self.power).sigmoid().view(self.num_heads, -1)
+        encoding = self.encode_position(x, grid)
+        factor, power, encoding = polarity_parameters(self.scale, self.power, encoding, self.alpha)
         x = attend_with_conv(
             self.dwc,
-            x.unflatten(-1, (4, self.num_heads, -1)),
+            apply_linear(self.qkvg, x, factor=factor, split=(4, self.num_heads, -1)),
             grid,
             feature_map=signed_power(power),
             key_encoding=encoding,
         )
         return self.proj_drop(self.proj(x))
 
-    def _project(self, x: Tensor, factor: Tensor) -> Tensor:
-        """q, k, v and the gate, times a factor for each channel."""
-        if type(self.qkvg) is Linear and type(self.qkvg.weight) is nn.Parameter:
-            return self.qkvg(x, factor=factor)
-        x = self.qkvg(x)  # with LoRA's weights beside it, or quantised
-        return x * factor.to(x.dtype)
-
     def fuse(self) -> None:
         """Folds the scale into the keys' projection and encoding, for ``fuse_for_inference``."""
         if type(self.qkvg) is Linear:
-            factor = self._key_factor()
-            scale_outputs(self.qkvg, self._factor_of_all(factor))
-            self.positional_encoding.mul_(factor)
+            factor, *_ = polarity_parameters(self.scale, self.power, self.positional_encoding, self.alpha)
+            scale_outputs(self.qkvg, factor)
+            self.positional_encoding.mul_(factor.chunk(4)[1])
             self.scale = None
-
-    def _key_factor(self) -> Tensor:
-        return F.softplus(at_least_float32(self.scale)).flatten() ** -2
-
-    def _factor_of_all(self, factor: Tensor) -> Tensor:
-        """The keys' factor among ones for the other outputs of the projection."""
-        return F.pad(factor, (factor.numel(), 2 * factor.numel()), value=1.0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, to_2tuple
 from torch import Tensor, nn
 
-from flash_bla.layers.tokens import at_least_float32, count_prefix_tokens, split_heads
+from flash_bla.layers.tokens import at_least_float32, count_prefix_tokens
 from flash_bla.tracing import is_exporting
 
 
@@ -91,13 +91,11 @@ class KeyPositionalEncoding(nn.Module):
         self.positional_encoding = nn.Parameter(torch.empty(1, num_tokens, dim, device=device, dtype=dtype))
         self.register_load_state_dict_pre_hook(_resample_on_load)
 
-    def encode_position(self, x: Tensor, grid: tuple[int, int], num_heads: int) -> Tensor:
-        """The encoding of tokens x ``(B, N, C)`` as ``linear_attention`` adds it to keys, ``(heads, N, C/heads)``."""
+    def encode_position(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The encoding ``(1, N, C)`` of tokens x ``(B, N, C)``."""
         encoding = resample_encoding(self.positional_encoding, grid, self.grid_size)
         prefix = count_prefix_tokens(x, grid)
-        if prefix:
-            encoding = F.pad(encoding, (0, 0, prefix, 0))
-        return split_heads(encoding, num_heads).squeeze(0)
+        return F.pad(encoding, (0, 0, prefix, 0)) if prefix else encoding
 
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Resamples the parameter itself, so that calls with this grid need not."""

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv, attend_with_conv
-from flash_bla.layers.dense import Linear
+from flash_bla.layers.dense import Linear, apply_linear
 from flash_bla.layers.rope import axial_rope
-from flash_bla.layers.tokens import at_least_float32, head_width
+from flash_bla.layers.tokens import head_width
 from flash_bla.ops.arguments import merge_heads
-from flash_bla.ops.reference import rotate
+from flash_bla.ops.rotary import rotate_packed
 
 
 @register_attention("rala")
@@ -62,10 +62,11 @@ class RankAugmentedLinearAttention(nn.Module):
         self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)``; the first N - H·W tokens are prefix tokens."""
-        qkvg = self.qkvo(x).unflatten(-1, (4, self.num_heads, -1))
-        return self.proj_drop(self.proj(self.attend(qkvg, grid, axial_rope(x, grid, self.head_dim, endpoint=True))))
+    def forward(self, x: Tensor, grid: tuple[int, int], *, factor: Tensor | None = None) -> Tensor:
+        """``(B, N, C)`` to ``(B, N, C)``, each channel times a factor; the first N - H·W tokens are prefix tokens."""
+        qkvg = apply_linear(self.qkvo, x, split=(4, self.num_heads, -1))
+        x = self.attend(qkvg, grid, axial_rope(x, grid, self.head_dim, endpoint=True))
+        return self.proj_drop(apply_linear(self.proj, x, factor=factor))
 
     def attend(self, qkvg: Tensor, grid: tuple[int, int], rope: Tensor) -> Tensor:
         """Attention, LePE and gate: from ``(B, N, 4, H, D)`` what is projected, ``(B, N, C)``."""
@@ -86,7 +87,6 @@ class GatedSoftmaxAttention(RankAugmentedLinearAttention):
 
     def attend(self, qkvg: Tensor, grid: tuple[int, int], rope: Tensor) -> Tensor:
         """Attention, LePE and gate: from ``(B, N, 4, H, D)`` what is projected, ``(B, N, C)``."""
-        qk, v, gate = qkvg.split([2, 1, 1], dim=2)
-        q, k = rotate(at_least_float32(qk.permute(2, 0, 3, 1, 4)), rope).to(v.dtype)  # together: fewer launches
-        o = F.scaled_dot_product_attention(q, k, v.squeeze(2).transpose(1, 2))
-        return self.lepe(v.flatten(2), grid, add=merge_heads(o), gate=gate.flatten(2))
+        q, k, v, values, gate = rotate_packed(qkvg, rope)
+        o = F.scaled_dot_product_attention(q, k, v)
+        return self.lepe(values, grid, add=merge_heads(o), gate=gate)

@@ -9,7 +9,7 @@ from typing import Any
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, LayerNorm, Linear, activate_linear
+from flash_bla.layers import DepthwiseConv, LayerNorm, Linear, apply_linear, convolve_and_norm
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
@@ -143,12 +143,11 @@ class MambaLikeBlock(Block):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
-        x = self.cpe1(x, grid, residual=True)
-        y, x = self.norm1(x, residual=True)
+        y, x = convolve_and_norm(self.cpe1, self.norm1, x, grid)
         gate = self.act_proj(y)
         y = self.attn(self.dwc(self.in_proj(y), grid, activation="silu"), grid)
-        x = x + self.drop_path1(activate_linear(self.out_proj, y, gate=gate))
-        y, x = self.norm2(self.cpe2(x, grid, residual=True), residual=True)
+        y = self.drop_path1(apply_linear(self.out_proj, y, gate=gate))
+        y, x = convolve_and_norm(self.cpe2, self.norm2, x, grid, add=y)
         return x + self.drop_path2(self.mlp(y))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, Linear, RankAugmentedLinearAttention
+from flash_bla.layers import DepthwiseConv, Linear, RankAugmentedLinearAttention, apply_linear, convolve_and_norm
 from flash_bla.layers.tokens import scale_outputs
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
@@ -61,14 +61,14 @@ class ConvFeedForward(nn.Module):
         self.fc2 = Linear(hidden_dim, dim, **dd)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``(B, N, C)`` to ``(B, N, C)``."""
+    def forward(self, x: Tensor, grid: tuple[int, int], *, factor: Tensor | None = None) -> Tensor:
+        """``(B, N, C)`` to ``(B, N, C)``, each channel times a factor."""
         x = self.fc1(x)
         if self.drop.p and self.training:  # between the activation and the convolution
             x = self.dwconv(self.drop(F.gelu(x)), grid, residual=True)
         else:
             x = self.dwconv(x, grid, residual=True, input_activation="gelu")
-        return self.drop(self.fc2(x))
+        return self.drop(apply_linear(self.fc2, x, factor=factor))
 
 
 class RavltBlock(Block):
@@ -87,10 +87,13 @@ class RavltBlock(Block):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
-        y, x = self.norm1(self.pos(x, grid, residual=True), residual=True)
-        x = self._add(x, self.drop_path1(self.attn(y, grid)), self.gamma_1)
-        y, x = self.norm2(x, residual=True)
-        return self._add(x, self.drop_path2(self.mlp(y, grid)), self.gamma_2)
+        y, x = convolve_and_norm(self.pos, self.norm1, x, grid)
+        if isinstance(self.attn, RankAugmentedLinearAttention):
+            y = self.attn(y, grid, factor=self.gamma_1)
+        else:
+            y = self.attn(y, grid) if self.gamma_1 is None else self.attn(y, grid) * self.gamma_1.to(y.dtype)
+        y, x = self.norm2(x, self.drop_path1(y), residual=True)
+        return x + self.drop_path2(self.mlp(y, grid, factor=self.gamma_2))
 
     def fuse(self) -> None:
         """Folds the layer scales into the layers before them, for ``fuse_for_inference``."""
@@ -100,9 +103,6 @@ class RavltBlock(Block):
         if type(self.mlp.fc2) is Linear:
             scale_outputs(self.mlp.fc2, self.gamma_2.flatten())
             self.gamma_2 = None
-
-    def _add(self, x: Tensor, y: Tensor, gamma: Tensor | None) -> Tensor:
-        return x + y if gamma is None else torch.addcmul(x, gamma.to(x.dtype), y)
 
 
 class RAVLT(HierarchicalBackbone):

@@ -14,10 +14,13 @@ from flash_bla.tracing import is_exporting
 BACKENDS = ("reference", "triton")
 _CAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 DTYPES = (*_CAST, torch.float64)
+_VARIABLE = os.environ.encodekey("FLASH_BLA_BACKEND")
 
 
 def choose_backend(backend: str | None, q: Tensor) -> str:
-    backend = backend or os.environ.get("FLASH_BLA_BACKEND") or None
+    if not backend:
+        # at once: a lookup by os.environ.get takes as long as an operation on tensors
+        backend = (os.environ["FLASH_BLA_BACKEND"] or None) if _VARIABLE in os.environ._data else None
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
     if is_exporting():
@@ -39,15 +42,19 @@ def choose_backend(backend: str | None, q: Tensor) -> str:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in autocast's type, where it is on."""
     first = tensors[0]
-    if not isinstance(first, Tensor) or first.is_meta or not torch.is_autocast_enabled(_kind(first)):
-        return tensors  # meta tensors know no autocast
+    if not isinstance(first, Tensor) or not is_autocast(first):
+        return tensors
     dtype = torch.get_autocast_dtype(_kind(first))
-    return tuple([x.to(dtype) if x is not None and x.dtype != dtype and x.dtype in _CAST else x for x in tensors])
+    return tuple([x if x is None or x.dtype == dtype or x.dtype not in _CAST else x.to(dtype) for x in tensors])
+
+
+def is_autocast(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(_kind(x))  # meta tensors know no autocast
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """Autocast's type where it is on, else that of x."""
-    return x.dtype if x.is_meta or not torch.is_autocast_enabled(_kind(x)) else torch.get_autocast_dtype(_kind(x))
+    return torch.get_autocast_dtype(_kind(x)) if is_autocast(x) else x.dtype
 
 
 def _kind(x: Tensor) -> str:
@@ -82,6 +89,11 @@ def unpack(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
 def unpack_gate(q: Tensor) -> Tensor | None:
     """The gate ``(B, N, H·D)`` that a packed q may hold behind the values."""
     return q[:, :, 3].flatten(2) if q.ndim == 5 and q.shape[2] == 4 else None
+
+
+def split_heads(v: Tensor, q: Tensor) -> Tensor:
+    """``(B, N, H·D)`` to ``(B, H, N, D)``, with the heads of a packed q."""
+    return v.unflatten(2, (q.shape[3], -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:

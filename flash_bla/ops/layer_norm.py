@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flash_bla.ops.arguments import autocast_dtype, check_device, choose_backend, expect, without_autocast
 from flash_bla.ops.triton_layer_norm import record_backward, record_forward
-from flash_bla.ops.triton_support import is_eager, once_differentiable, run
+from flash_bla.ops.triton_support import eager_function, is_eager, run
 
 
 def add_layer_norm(
@@ -49,7 +49,7 @@ def add_layer_norm(
     arguments = x, add, weight, bias, eps, negative_slope, dtype
     if is_eager(x) and choose_backend(backend, x) == "triton":
         return _Eager.apply(*arguments)
-    _check(*arguments)
+    check_norm(*arguments)
     choose_backend(backend, x)
     with without_autocast(x):
         s = x if add is None else x + add.to(x.dtype)
@@ -60,7 +60,7 @@ def add_layer_norm(
         return y.to(dtype), s
 
 
-def _check(x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, *_) -> None:
+def check_norm(x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, *_) -> None:
     for name, parameter in (("weight", weight), ("bias", bias)):
         expect(name, parameter, (x.shape[-1],), "(C,) with C of x")
         check_device(name, parameter, x)
@@ -69,10 +69,11 @@ def _check(x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, *_) -> N
         check_device("add", add, x)
 
 
+@eager_function
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, add, weight, bias, eps, slope, dtype):
-        y, s = run(record_forward, (x, add, weight, bias), (eps, slope, dtype), _check)
+        y, s = run(record_forward, (x, add, weight, bias), (eps, slope, dtype), check_norm)
         s = x if add is None else s
         ctx.save_for_backward(s, weight, bias)
         ctx.eps, ctx.slope, ctx.add_dtype = eps, slope, None if add is None else add.dtype
@@ -80,7 +81,6 @@ class _Eager(torch.autograd.Function):
         return y, s
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy, ds):
         if dy is None:
             dx, d_weight, d_bias = ds, None, None

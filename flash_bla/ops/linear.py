@@ -6,15 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_bla.ops.arguments import choose_backend
+from flash_bla.ops.arguments import autocast_dtype, choose_backend, is_autocast
 from flash_bla.ops.silu_gate import check_gate, silu_gate
-from flash_bla.ops.triton_activations import record_gate, record_gate_gradient, record_gelu_gradient
-from flash_bla.ops.triton_column_sums import column_sums
-from flash_bla.ops.triton_support import is_eager, once_differentiable, run
+from flash_bla.ops.triton_activations import (
+    record_casts,
+    record_gradients,
+    record_mlp_gradients,
+    record_operands,
+    scale_gradients,
+)
+from flash_bla.ops.triton_support import PLAIN, eager_function, is_eager, run
 from flash_bla.tracing import recomputed
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-LARGE = 2**23  # elements of input or output from which on kernels should take longer than their launches: an estimate
 
 
 def linear(
@@ -24,16 +26,17 @@ def linear(
     *,
     gelu: bool = False,
     gate: Tensor | None = None,
+    factor: Tensor | None = None,
+    split: tuple[int, ...] = (),
     backend: str | None = None,
 ) -> Tensor:
     r"""A linear layer, and the activation before it.
 
-    .. math:: y = W f(x) + b, \quad f(x) = x, \; gelu(x) \text{ or } x \odot silu(gate)
+    .. math:: y = s \odot (W f(x) + b), \quad f(x) = x, \; gelu(x) \text{ or } x \odot silu(gate)
 
     In eager mixed-precision training the gradients of weight and bias come in float32 at once, where PyTorch gives them
-    in half precision and converts them, and f(x) is computed again in the backward pass instead of being kept. For
-    small tensors and everywhere else this is ``F.linear(f(x), weight, bias)`` itself, of which ``torch.compile`` also
-    computes f(x) again.
+    in half precision and converts them, and f(x) is computed again in the backward pass instead of being kept.
+    Everywhere else this is ``F.linear(f(x), s W, s b)`` itself, of which ``torch.compile`` also computes f(x) again.
 
     Args:
         x: ``(..., C)``.
@@ -41,10 +44,12 @@ def linear(
         bias: ``(D,)``.
         gelu: Whether a GELU precedes the layer (the exact one).
         gate: The gate that precedes it, shaped as x; not together with ``gelu``.
+        factor: s, of D elements.
+        split: Sizes that D is split into, one of which may be -1.
         backend: As in ``linear_attention``.
 
     Returns:
-        ``(..., D)``, under autocast in its type.
+        ``(..., D)`` or ``(..., *split)``, under autocast in its type.
 
     Raises:
         ValueError: A gate whose shape or device does not fit, or with ``gelu``.
@@ -53,57 +58,103 @@ def linear(
         check_gate(x, gate)
         if gelu:
             raise ValueError("gelu and gate exclude each other")
-    mixed = (
-        is_eager(x)  # first: a comparison of sizes would bind a traced graph to them
-        and x.numel() * max(weight.shape[0], weight.shape[1]) >= LARGE * weight.shape[1]
-        and weight.dtype == torch.float32
-        and type(weight) in _PLAIN  # and not a quantised one
-        and weight.requires_grad
-        and torch.is_grad_enabled()
-        and torch.is_autocast_enabled(x.device.type)
-    )
-    if mixed and choose_backend(backend, x) == "triton":
-        return _Mixed.apply(x, gate, weight, bias, gelu, torch.get_autocast_dtype(x.device.type))
+    if _is_mixed(x, weight, backend):
+        return _Mixed.apply(x, gate, weight, bias, factor, gelu, split, autocast_dtype(x))
     if gate is not None:
         x = silu_gate(x, gate, backend=backend)
     elif gelu:
         x = recomputed(F.gelu, x)
-    return F.linear(x, weight, bias)
+    if factor is not None:
+        factor = factor.flatten()
+        weight = (weight * factor[:, None]).to(weight.dtype)
+        bias = None if bias is None else (bias * factor).to(bias.dtype)
+    y = F.linear(x, weight, bias)
+    return y.unflatten(-1, split) if split else y
 
 
+def mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """``linear(linear(x, weight1, bias1), weight2, bias2, gelu=True)``, as one node of autograd where it can be."""
+    if _is_mixed(x, weight1, backend) and _is_mixed(x, weight2, backend):
+        return _MixedMlp.apply(x, weight1, bias1, weight2, bias2, autocast_dtype(x))
+    return linear(linear(x, weight1, bias1, backend=backend), weight2, bias2, gelu=True, backend=backend)
+
+
+def _is_mixed(x: Tensor, weight: Tensor, backend: str | None) -> bool:
+    """Whether this is eager mixed-precision training."""
+    return (
+        is_eager(x)
+        and weight.dtype == torch.float32
+        and type(weight) in PLAIN  # and not a quantised one
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and is_autocast(x)
+        and choose_backend(backend, x) == "triton"
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    return torch.mm(dy.t(), x, out_dtype=torch.float32) if x.is_cuda else torch.mm(dy.t(), x).float()
+
+
+def _to(x: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+@eager_function
 class _Mixed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate, weight, bias, gelu, dtype):
-        ctx.input_dtypes = x.dtype, None if gate is None else gate.dtype
-        ctx.gelu = gelu
-        x, gate, weight, bias = (None if y is None else y.to(dtype) for y in (x, gate, weight, bias))
-        ctx.save_for_backward(x, gate, weight)
-        return F.linear(_activate(x, gate, gelu), weight, bias)
+    def forward(ctx, x, gate, weight, bias, factor, gelu, split, dtype):
+        ctx.types, ctx.shape, ctx.gelu = (x.dtype, None if gate is None else gate.dtype), x.shape, gelu
+        x, gate = _to(x, dtype).reshape(-1, x.shape[-1]), _to(gate, dtype)
+        activated, w, b = run(record_operands, (x, gate, weight, bias, factor), (gelu, dtype))
+        ctx.save_for_backward(x, gate, w, *(() if factor is None else (weight, bias, factor)))
+        y = _product(x if activated is None else activated, w, b)
+        return y.view(*ctx.shape[:-1], *(split or (-1,)))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, gate, weight = ctx.saved_tensors
+        x, gate, w, *scaled = ctx.saved_tensors
         of_x, of_gate, _, of_bias, *_ = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])
-        dx = d_gate = None
-        if of_x or of_gate:
-            dx = (rows @ weight).view(x.shape)
-            if gate is not None:
-                dx, d_gate, x = run(record_gate_gradient, (dx, x, gate), (True,))
-                d_gate = d_gate.to(ctx.input_dtypes[1])
-            elif ctx.gelu:
-                dx, x = run(record_gelu_gradient, (dx, x))
-            dx = dx.to(ctx.input_dtypes[0])
-        else:
-            x = _activate(x, gate, ctx.gelu)
-        columns, x = rows.t(), x.reshape(-1, x.shape[-1])
-        d_weight = torch.mm(columns, x, out_dtype=torch.float32) if x.is_cuda else (columns @ x).float()
-        d_bias = run(column_sums, (rows,)) if of_bias else None
-        return dx, d_gate, d_weight, d_bias, None, None
+        dy = dy.reshape(-1, w.shape[0])
+        dx = torch.mm(dy, w) if of_x or of_gate else None
+        d_gate = d_bias = d_factor = None
+        if scaled:
+            of_bias = scaled[1] is not None
+        if of_bias or ctx.gelu or gate is not None:
+            d_input, d_gate, d_bias, activated = run(record_gradients, (dy, dx, x, gate), (ctx.gelu, of_bias))
+            dx = dx if d_input is None else d_input
+            x = x if activated is None else activated
+        d_weight = _weight_gradient(dy, x)
+        if scaled:
+            d_factor = run(scale_gradients, (d_weight, d_bias, *scaled))
+        dx = None if dx is None else _to(dx.view(ctx.shape), ctx.types[0])
+        return dx, _to(d_gate, ctx.types[1]), d_weight, d_bias, d_factor, None, None, None
 
 
-def _activate(x: Tensor, gate: Tensor | None, gelu: bool) -> Tensor:
-    if gate is not None:
-        return run(record_gate, (x, gate))
-    return F.gelu(x) if gelu else x
+@eager_function
+class _MixedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
+        ctx.type, ctx.shape = x.dtype, x.shape
+        x = _to(x, dtype).reshape(-1, x.shape[-1])
+        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,))
+        hidden = _product(x, w1, b1)
+        ctx.save_for_backward(x, hidden, w1, w2)
+        return _product(F.gelu(hidden), w2, b2).view(*ctx.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, hidden, w1, w2 = ctx.saved_tensors
+        of_x, _, *of_bias, _ = ctx.needs_input_grad
+        dy = dy.reshape(-1, w2.shape[0])
+        inputs = dy, torch.mm(dy, w2), hidden
+        d_hidden, activated, d_bias1, d_bias2 = run(record_mlp_gradients, inputs, (of_bias[0], of_bias[2]))
+        dx = _to(torch.mm(d_hidden, w1).view(ctx.shape), ctx.type) if of_x else None
+        return dx, _weight_gradient(d_hidden, x), d_bias1, _weight_gradient(dy, activated), d_bias2, None

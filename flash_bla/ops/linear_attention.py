@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from flash_bla.ops.arguments import (
     choose_backend,
     expect,
     merge_heads,
+    split_heads,
     unpack,
     unpack_gate,
 )
 from flash_bla.ops.depthwise_conv import check_convolution, check_grid, depthwise_conv_reference
 from flash_bla.ops.feature_maps import FeatureMap, resolve_feature_map
 from flash_bla.ops.reference import linear_attention_reference
+from flash_bla.ops.triton_support import is_eager
 
 
 def linear_attention(
@@ -74,14 +77,16 @@ def linear_attention(
         Katharopoulos et al., "Transformers are RNNs", ICML 2020.
     """
     q, k, v = autocast(q, k, v)
+    return _attend(q, k, v, _check_qkv, feature_map=feature_map, key_weight=key_weight, key_encoding=key_encoding,
+                   rope=rope, normalize=normalize, scale=scale, eps=eps, backend=backend)  # fmt: skip
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_tensors({"q": q, "k": k, "v": v}, "(B, H, N, D)", ndim=4)
-    B, H, N, D = q.shape
+    B, H, _, D = q.shape
     M, D_v = k.shape[2], v.shape[3]
     expect("k", k, (B, H, M, D), "(B, H, M, D) with B, H, D of q")
     expect("v", v, (B, H, M, D_v), "(B, H, M, Dv) with B, H of q and M of k")
-    return _attend(q, k, v, (B, H, N, M, D, D_v), feature_map=feature_map, key_weight=key_weight,
-                   key_encoding=key_encoding, rope=rope, normalize=normalize, scale=scale, eps=eps,
-                   backend=backend)  # fmt: skip
 
 
 def linear_attention_qkvpacked(qkv: Tensor, **options: Any) -> Tensor:
@@ -101,10 +106,13 @@ def linear_attention_qkvpacked(qkv: Tensor, **options: Any) -> Tensor:
         ValueError, TypeError: As ``linear_attention``.
     """
     (qkv,) = autocast(qkv)
+    return _attend(qkv, None, None, _check_packed, **options).transpose(1, 2)
+
+
+def _check_packed(qkv: Tensor, *_) -> None:
     check_tensors({"qkv": qkv}, "(B, N, 3, H, D)", ndim=5)
     B, N, _, H, D = qkv.shape
     expect("qkv", qkv, (B, N, 3, H, D), "(B, N, 3, H, D)")
-    return _attend(qkv, None, None, (B, H, N, N, D, D), **options).transpose(1, 2)
 
 
 def linear_attention_dwc(
@@ -123,7 +131,7 @@ def linear_attention_dwc(
         grid: (H, W); the first N - H·W tokens are prefix tokens, for which the convolution gives zero.
         weight: Filters ``(channels, 1, k, k)`` with k in 3, 5, 7; heads share them if there are fewer than H·D.
         bias: ``(channels,)``.
-        v: Values ``(B, N, H, Dv)`` that stand elsewhere.
+        v: Values ``(B, N, H·Dv)`` that stand elsewhere.
         **options: ``feature_map`` and all that follows it in ``linear_attention``.
 
     Returns:
@@ -133,23 +141,25 @@ def linear_attention_dwc(
         ValueError, TypeError: As ``linear_attention`` and ``depthwise_conv``.
     """
     qkv, v = autocast(qkv, v)
-    wanted = "(B, N, 3 or 4, H, D)" if v is None else "(B, N, 2, H, D), beside v"
-    check_tensors({"qkv": qkv}, wanted, ndim=5)
-    B, N, parts, H, D = qkv.shape
-    if parts not in ((3, 4) if v is None else (2,)):
-        raise ValueError(f"qkv must have shape {wanted}, got {tuple(qkv.shape)}")
-    D_v = D
-    if v is not None:
-        check_tensors({"v": v}, "(B, N, H, Dv)", ndim=4)
-        D_v = v.shape[3]
-        expect("v", v, (B, N, H, D_v), "(B, N, H, Dv) with B, N, H of qkv")
-        check_device("v", v, qkv)
-        if v.dtype != qkv.dtype:
-            raise TypeError(f"v must have the dtype of qkv, {qkv.dtype}, got {v.dtype}")
-        v = v.transpose(1, 2)
     grid = check_grid(grid)
-    check_convolution(merge_heads(unpack(qkv, None, v)[2]), weight, bias, None, None, *grid, 1, False, None, None)
-    return _attend(qkv, None, v, (B, H, N, N, D, D_v), (grid, weight, bias), **options)
+
+    def check(qkv: Tensor, _, v: Tensor | None) -> None:
+        wanted = "(B, N, 3 or 4, H, D)" if v is None else "(B, N, 2, H, D), beside v"
+        check_tensors({"qkv": qkv}, wanted, ndim=5)
+        B, N, parts, H, _ = qkv.shape
+        if parts not in ((3, 4) if v is None else (2,)):
+            raise ValueError(f"qkv must have shape {wanted}, got {tuple(qkv.shape)}")
+        if v is not None:
+            check_tensors({"v": v}, "(B, N, H·Dv)", ndim=3)
+            if v.shape[:2] != (B, N) or v.shape[2] % H:
+                raise ValueError(f"v must have shape ({B}, {N}, {H}·Dv) with B, N, H of qkv, got {tuple(v.shape)}")
+            check_device("v", v, qkv)
+            if v.dtype != qkv.dtype:
+                raise TypeError(f"v must have the dtype of qkv, {qkv.dtype}, got {v.dtype}")
+        values = qkv[:, :, 2].flatten(2) if v is None else v
+        check_convolution(values, weight, bias, None, None, *grid, 1, False, None, None)
+
+    return _attend(qkv, None, v, check, (grid, weight, bias), **options)
 
 
 def simple_la(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, backend: str | None = None) -> Tensor:
@@ -203,8 +213,8 @@ def decoupled_la(
     expect("v", v, (B, H, M, v.shape[3]), "(B, H, M, Dv) with B, H of q and M of k")
     expect("q_rope", q_rope, tuple(q.shape), "the shape of q")
     expect("k_rope", k_rope, tuple(k.shape), "the shape of k")
-    return _run(q_rope, k_rope, v, FeatureMap("identity"), backend, q_denominator=q, k_denominator=k, scale=scale,
-                eps=eps)  # fmt: skip
+    return _run(q_rope, k_rope, v, FeatureMap("identity"), choose_backend(backend, q), q_denominator=q,
+                k_denominator=k, scale=scale, eps=eps)  # fmt: skip
 
 
 def varlen_linear_attention(
@@ -250,57 +260,85 @@ def varlen_linear_attention(
     if not 0 < max_seqlen:
         raise ValueError(f"max_seqlen must be positive, got {max_seqlen}")
     _check_feature_map(feature_map, q, H, D, v.shape[2], None)
+    backend = choose_backend(backend, q)
     q, k, v = (x.unsqueeze(0).transpose(1, 2) for x in (q, k, v))  # (1, H, total, D)
     o = _run(q, k, v, feature_map, backend, scale=scale, eps=eps, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
     return o.transpose(1, 2).squeeze(0)
 
 
 def _attend(
-    q: Tensor, k: Tensor | None, v: Tensor | None, sizes: tuple[int, ...], dwc: tuple | None = None, /, *,
-    feature_map=None, key_weight=None,
-    key_encoding=None, rope=None, normalize: bool = True, scale: float | None = None, eps: float = 1e-6,
-    backend: str | None = None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, check_shapes: Callable, dwc: tuple | None = None, /, *,
+    feature_map=None, key_weight=None, key_encoding=None, rope=None, normalize: bool = True,
+    scale: float | None = None, eps: float = 1e-6, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """The operator on q, k, v that ``unpack`` takes, of ``sizes`` (B, H, N, M, D, Dv); it checks what else there is.
+    """The operator on q, k, v that ``unpack`` takes and ``check_shapes`` checks.
 
-    ``dwc`` are grid, filters and bias of a convolution beside it.
+    ``dwc`` are grid, filters and bias of a convolution beside it; values beside a packed q are then ``(B, N, H·Dv)``.
     """
-    B, H, _, M, D, D_v = sizes
     feature_map = resolve_feature_map(feature_map)
-    _check_feature_map(feature_map, q, H, D, D_v, rope)
-    if feature_map.signed and not normalize:
-        raise ValueError("normalize=False is not defined for signed_power")
-    if isinstance(key_weight, str):
-        if key_weight != "softmax":
-            raise ValueError(f'key_weight must be a tensor, "softmax" or None, got {key_weight!r}')
-        if feature_map.parameter is not None:
-            raise ValueError(f'key_weight="softmax" is not defined for {feature_map.name}')
-    elif key_weight is not None:
-        key_weight = _expand("key_weight", key_weight, q, (B, H, M), "(B, H, M)")
-    if key_encoding is not None:
-        key_encoding = _expand("key_encoding", key_encoding, q, (H, M, D), "(H, M, D)")
-    if rope is not None:
-        _check_rope(rope, q, *sizes[1:5])
-    return _run(q, k, v, feature_map, backend, dwc, key_weight=key_weight, key_encoding=key_encoding, rope=rope,
-                normalize=normalize, scale=scale, eps=eps)  # fmt: skip
+
+    def check(*_) -> None:
+        check_shapes(q, k, v)
+        _, H, N, M, D, D_v = _sizes(q, k, v)
+        _check_feature_map(feature_map, q, H, D, D_v, rope)
+        if feature_map.signed and not normalize:
+            raise ValueError("normalize=False is not defined for signed_power")
+        if isinstance(key_weight, str):
+            if key_weight != "softmax":
+                raise ValueError(f'key_weight must be a tensor, "softmax" or None, got {key_weight!r}')
+            if feature_map.parameter is not None:
+                raise ValueError(f'key_weight="softmax" is not defined for {feature_map.name}')
+        if rope is not None:
+            _check_rope(rope, q, H, N, M, D)
+
+    try:
+        eager = is_eager(q) and choose_backend(backend, q) == "triton"
+        if not eager:  # else where such arguments were not met before
+            check()
+        arguments = dict(key_weight=key_weight, key_encoding=key_encoding, rope=rope, normalize=normalize, scale=scale,
+                         eps=eps)  # fmt: skip
+        if isinstance(key_weight, Tensor) or key_encoding is not None:
+            B, H, _, M, D, _ = _sizes(q, k, v)
+            if isinstance(key_weight, Tensor):
+                arguments["key_weight"] = _expand("key_weight", key_weight, q, (B, H, M), "(B, H, M)")
+            if key_encoding is not None:
+                arguments["key_encoding"] = _expand("key_encoding", key_encoding, q, (H, M, D), "(H, M, D)")
+        if eager:
+            return _run(q, k, v, feature_map, "triton", dwc, check=check, **arguments)
+    except (AttributeError, IndexError, ValueError):  # what is no tensor or has too few dimensions, or is one of these
+        check()
+        raise
+    return _run(q, k, v, feature_map, choose_backend(backend, q), dwc, **arguments)
 
 
-def _run(q, k, v, feature_map, backend, dwc=None, *, max_seqlen=None, **arguments) -> Tensor:
-    if choose_backend(backend, q) == "triton":
+def _sizes(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[int, int, int, int, int, int]:
+    """B, H, N, M, D, Dv."""
+    if q.ndim == 5:
+        B, N, _, H, D = q.shape
+        return B, H, N, N, D, D if v is None else v.shape[2] // H
+    B, H, N, D = q.shape
+    return B, H, N, k.shape[2], D, v.shape[3]
+
+
+def _run(q, k, v, feature_map, backend, dwc=None, **arguments) -> Tensor:
+    if backend == "triton":
         if dwc is not None:
             return triton_linear_attention_dwc.linear_attention_dwc(q, v, *dwc, feature_map, **arguments)
-        return triton_linear_attention.linear_attention(q, k, v, feature_map, max_seqlen=max_seqlen, **arguments)
-    gate = unpack_gate(q)
-    q, k, v = unpack(q, k, v)
-    o = linear_attention_reference(q, k, v, feature_map, **arguments)
+        return triton_linear_attention.linear_attention(q, k, v, feature_map, **arguments)
+    arguments.pop("max_seqlen", None)
     if dwc is None:
-        return o
+        return linear_attention_reference(*unpack(q, k, v), feature_map, **arguments)
     grid, weight, bias = dwc
+    gate = unpack_gate(q)
+    q, k, v = unpack(q, k, None if v is None else split_heads(v, q))
+    o = linear_attention_reference(q, k, v, feature_map, **arguments)
     return depthwise_conv_reference(merge_heads(v), weight, bias, merge_heads(o), gate, *grid, 1, False, None, None)
 
 
 def _expand(name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], meaning: str) -> Tensor:
     check_device(name, x, like)
+    if x.shape == shape:
+        return x
     try:
         return x.expand(shape)
     except RuntimeError as error:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flash_bla.ops.arguments import autocast, check_device, choose_backend, expect
 from flash_bla.ops.triton_activations import record_gate, record_gate_gradient
-from flash_bla.ops.triton_support import is_eager, once_differentiable, run
+from flash_bla.ops.triton_support import eager_function, is_eager, run
 from flash_bla.tracing import recomputed
 
 
@@ -40,6 +40,7 @@ def check_gate(x: Tensor, gate: Tensor) -> None:
     check_device("gate", gate, x)
 
 
+@eager_function
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate):
@@ -47,6 +48,5 @@ class _Eager(torch.autograd.Function):
         return run(record_gate, (x, gate))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         return run(record_gate_gradient, (dy, *ctx.saved_tensors))[:2]

@@ -1,9 +1,14 @@
-"""GELU and the SiLU gate in Triton; the gradients give the value once more, which then need not be kept."""
+"""What is elementwise around a linear layer in Triton: GELU, the SiLU gate, and its parameters in half precision.
+
+The activations' gradients give their value once more, which then need not be kept.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_depthwise_conv_kernels import ACTIVATIONS
 from flash_bla.ops.triton_support import Record, cdiv, jit, tl
 
@@ -21,6 +26,61 @@ def _load(base, at, length):
 def _store(base, at, length, value):
     if base is not None:
         tl.store(base + at, value.to(base.dtype.element_ty), mask=at < length)
+
+
+@jit
+def cast_kernel(
+    weight_ptr, w_ptr, bias_ptr, b_ptr, factor_ptr, rows, columns, weight2_ptr, w2_ptr, bias2_ptr, b2_ptr, rows2,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copies in another type of weight (rows, columns) and bias, each row times its factor, and of (columns, rows)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    weight = _load(weight_ptr, at, rows * columns)
+    if factor_ptr is not None:
+        weight *= _load(factor_ptr, at // columns, rows)
+    _store(w_ptr, at, rows * columns, weight)
+    if b_ptr is not None:
+        bias = _load(bias_ptr, at, rows)
+        if factor_ptr is not None:
+            bias *= _load(factor_ptr, at, rows)
+        _store(b_ptr, at, rows, bias)
+    if w2_ptr is not None:
+        _store(w2_ptr, at, rows2 * rows, _load(weight2_ptr, at, rows2 * rows))
+    if b2_ptr is not None:
+        _store(b2_ptr, at, rows2, _load(bias2_ptr, at, rows2))
+
+
+@jit
+def scale_gradient_kernel(
+    d_weight_ptr, d_bias_ptr, weight_ptr, bias_ptr, factor_ptr, d_factor_ptr, columns, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The gradient of a row's factor, and the gradients of what it multiplies, in the place of the products'."""
+    row = tl.program_id(0)
+    factor = tl.load(factor_ptr + row).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        gradient = _load(d_weight_ptr + row * columns, at, columns)
+        total += gradient * _load(weight_ptr + row * columns, at, columns)
+        _store(d_weight_ptr + row * columns, at, columns, gradient * factor)
+    total = tl.sum(total, 0)
+    if d_bias_ptr is not None:
+        gradient = tl.load(d_bias_ptr + row)
+        total += gradient * tl.load(bias_ptr + row).to(tl.float32)
+        tl.store(d_bias_ptr + row, gradient * factor)
+    tl.store(d_factor_ptr + row, total.to(d_factor_ptr.dtype.element_ty))
+
+
+@jit
+def sum_kernel(x_ptr, add_ptr, y_ptr, length, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _store(y_ptr, at, length, _load(x_ptr, at, length) + _load(add_ptr, at, length))
+
+
+@jit
+def gelu_kernel(x_ptr, y_ptr, length, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _store(y_ptr, at, length, GELU(_load(x_ptr, at, length)))
 
 
 @jit
@@ -50,6 +110,96 @@ def gelu_gradient_kernel(
     _store(y_ptr, at, length, GELU(x))
 
 
+def record_casts(
+    record: Record, weight: Tensor, bias: Tensor | None, weight2: Tensor | None, bias2: Tensor | None,
+    dtype: torch.dtype, factor: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Weight and bias of a layer, times a factor for each row, and those of a second one, in another type."""
+    originals = weight, bias, weight2, bias2
+    copies = [None if x is None else record.new_empty(x.shape, dtype) for x in originals]
+    rows, columns = weight.shape
+    arguments = dict(factor_ptr=record.contiguous(factor), rows=rows, columns=columns, BLOCK=BLOCK)
+    arguments["rows2"] = 0 if weight2 is None else weight2.shape[0]
+    names = (("weight", "w"), ("bias", "b"), ("weight2", "w2"), ("bias2", "b2"))
+    for (name, copy_name), original, copy in zip(names, originals, copies, strict=True):
+        arguments |= {f"{name}_ptr": record.contiguous(original), f"{copy_name}_ptr": copy}
+    length = max(x.numel() for x in originals if x is not None)
+    record.launch(cast_kernel, (cdiv(length, BLOCK), 1, 1), arguments)
+    return tuple(copies)
+
+
+def record_operands(
+    record: Record, x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, factor: Tensor | None,
+    gelu: bool, dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """gelu(x) or x · silu(gate), None for x itself; weight and bias in another type, times a factor for each row."""
+    w, b, *_ = record_casts(record, weight, bias, None, None, dtype, factor)
+    return record_activation(record, x, gate, gelu), w, b
+
+
+def record_mlp_gradients(
+    record: Record, dy: Tensor, d_activated: Tensor, hidden: Tensor, of_bias1: bool, of_bias2: bool
+) -> tuple[Tensor | None, ...]:
+    """Of an MLP the gradient of what is hidden, its GELU, and the gradients of the biases, from the outputs' ones."""
+    d_hidden, activated = record_gelu_gradient(record, d_activated, hidden)
+    d_bias1 = column_sums(record, d_hidden) if of_bias1 else None
+    return d_hidden, activated, d_bias1, column_sums(record, dy) if of_bias2 else None
+
+
+def scale_gradients(
+    record: Record, d_weight: Tensor, d_bias: Tensor | None, weight: Tensor, bias: Tensor | None, factor: Tensor
+) -> Tensor:
+    """The gradient of the rows' factors; the products' gradients become those of what the factors multiply."""
+    d_factor = record.new_empty(factor.shape, factor.dtype)
+    rows, columns = weight.shape
+    arguments = dict(
+        d_weight_ptr=d_weight, d_bias_ptr=d_bias, weight_ptr=record.contiguous(weight),
+        bias_ptr=record.contiguous(bias), factor_ptr=record.contiguous(factor), d_factor_ptr=d_factor, columns=columns,
+        BLOCK=512,
+    )  # fmt: skip
+    record.launch(scale_gradient_kernel, (rows, 1, 1), arguments)
+    return d_factor
+
+
+def record_sum(record: Record, x: Tensor, add: Tensor) -> Tensor:
+    y = record.new_empty(x.shape, x.dtype)
+    _launch(record, sum_kernel, dict(x_ptr=x, add_ptr=add), y_ptr=y)
+    return y
+
+
+def record_activation(record: Record, x: Tensor, gate: Tensor | None, gelu: bool) -> Tensor | None:
+    """gelu(x) (the exact one, within 1e-7), x · silu(gate), or None for x itself."""
+    if gate is not None:
+        return record_gate(record, x, gate)
+    if not gelu:
+        return None
+    y = record.new_empty(x.shape, x.dtype)
+    _launch(record, gelu_kernel, dict(x_ptr=x), y_ptr=y, GELU=_gelu)
+    return y
+
+
+def record_gradients(
+    record: Record, rows: Tensor, dx: Tensor | None, x: Tensor, gate: Tensor | None, gelu: bool, of_bias: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, gate and bias, and what the linear layer has read, from those of its output and its input.
+
+    None for what is not there, for the gradient and the value of what is not activated, and for the gradients of x and
+    gate if dx is None.
+    """
+    d_gate = d_bias = None
+    if dx is None:
+        x = record_activation(record, x, gate, gelu)
+    elif gate is not None:
+        dx, d_gate, x = record_gate_gradient(record, dx, x, gate, True)
+    elif gelu:
+        dx, x = record_gelu_gradient(record, dx, x)
+    else:
+        dx = x = None
+    if of_bias:
+        d_bias = column_sums(record, rows)
+    return dx, d_gate, d_bias, x
+
+
 def record_gate(record: Record, x: Tensor, gate: Tensor) -> Tensor:
     """x · silu(gate)."""
     y = record.new_empty(x.shape, x.dtype)
@@ -61,7 +211,7 @@ def record_gate_gradient(
     record: Record, dy: Tensor, x: Tensor, gate: Tensor, again: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of x and of the gate, and with ``again`` what ``record_gate`` gave."""
-    dx, d_gate = (record.new_empty(x.shape, x.dtype) for _ in range(2))
+    dx, d_gate = record.new_empty(x.shape, x.dtype), record.new_empty(gate.shape, x.dtype)
     y = record.new_empty(x.shape, x.dtype) if again else None
     inputs = dict(dy_ptr=dy, x_ptr=x, gate_ptr=gate)
     _launch(record, gate_gradient_kernel, inputs, dx_ptr=dx, d_gate_ptr=d_gate, y_ptr=y)

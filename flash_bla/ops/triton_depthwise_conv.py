@@ -18,8 +18,8 @@ from flash_bla.ops.triton_support import (
     as_outputs,
     cdiv,
     define_operator,
+    eager_function,
     multiprocessors,
-    once_differentiable,
     run,
 )
 
@@ -308,6 +308,7 @@ depthwise_conv_backward = define_operator(
 )  # fmt: skip
 
 
+@eager_function
 class _Eager(torch.autograd.Function):
     """The operators' work without their dispatcher, which takes longer than small maps' kernels."""
 
@@ -319,7 +320,6 @@ class _Eager(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         needed = ctx.needs_input_grad[:5]
         tensors = ctx.saved_tensors

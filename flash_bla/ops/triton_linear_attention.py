@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -24,7 +24,14 @@ from flash_bla.ops.triton_kernels import (
     reduce_kernel,
     state_kernel,
 )
-from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, encoding_strides, norm_ratios, ratio_gradient_programs
+from flash_bla.ops.triton_norm_ratios import (
+    add_ratio_gradients,
+    encoding_strides,
+    multiply,
+    norm_ratios,
+    ratio_gradient_programs,
+    split_ratios,
+)
 from flash_bla.ops.triton_signed import (
     signed_forward_kernel,
     signed_key_kernel,
@@ -38,10 +45,10 @@ from flash_bla.ops.triton_support import (
     as_outputs,
     cdiv,
     define_operator,
+    eager_function,
     is_eager,
     is_hopper,
     multiprocessors,
-    once_differentiable,
     power_of_two,
     precision,
     run,
@@ -131,14 +138,13 @@ class _Problem(NamedTuple):
         return self.new_empty(self.q.shape[0], self.q.shape[2] + self.k.shape[2])
 
     def with_ratios(self, ratios: Tensor | None) -> _Problem:
-        """The norm ratios are weights of queries and keys; other weights of the keys have been multiplied by theirs."""
+        """The norm ratios are weights of queries and keys, and multiply other weights of the keys."""
         if ratios is None:
             return self
-        _, H, N, _ = self.q.shape
-        query_weight, key_weight = (x[:, None].expand(-1, H, -1) for x in (ratios[:, :N], ratios[:, N:]))
-        return self._replace(
-            query_weight=query_weight, key_weight=key_weight if self.key_weight is None else self.key_weight
-        )
+        query_weight, key_weight = (x.expand(-1, self.q.shape[1], -1) for x in split_ratios(ratios, self.q))
+        if self.key_weight is not None:
+            key_weight = multiply(self.record, self.key_weight, key_weight)
+        return self._replace(query_weight=query_weight, key_weight=key_weight)
 
     def empty_output(self) -> Tensor:
         B, H, N, _ = self.q.shape
@@ -285,18 +291,33 @@ def _row_numbers(p: _Problem) -> dict:
     return dict(rows_ptr=p.new_empty(4, B, H, rows), rows_strides=(H * rows, rows, 1, B * H * rows))
 
 
-def record_forward(
-    record: Record, ratios: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None,
-    q_denominator: Tensor | None, k_denominator: Tensor | None, parameter: Tensor | None, key_weight: Tensor | None,
-    key_encoding: Tensor | None, rope: Tensor | None, cu_seqlens: Tensor | None, options: tuple, keep_state: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The output, and for the backward pass the keys' state, None if it is not kept or the pass sums the keys again."""
-    p = _Problem(record, *unpack(q, k, v), q_denominator, k_denominator, record.contiguous(parameter), key_weight,
-                 key_encoding, record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
+def _start(record: Record, tensors: Sequence[Tensor | None], options: tuple) -> tuple[_Problem, tuple]:
+    """The problem without norm ratios, and its inputs q, k, v, which may be packed."""
+    inputs, others = tensors[:3], list(tensors[3:])
+    others[2], others[5] = record.contiguous(others[2]), record.contiguous(others[5])  # the parameter and rope
+    return _Problem(record, *unpack(*inputs), *others, *options), inputs
+
+
+def record_forward(record: Record, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The output, and for the backward pass the keys' state and the norm ratios.
+
+    The state is None if it is not kept or the pass sums the keys again. The arguments are those of the operator, its
+    options in a tuple, and whether to keep the state.
+    """
+    *tensors, options, keep_state = arguments
+    p, _ = _start(record, tensors, options)
+    ratios = None
+    if p.feature_map == "focusing_power":
+        ratios = norm_ratios(record, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
+        p = p.with_ratios(ratios)
+    return *_record_output(record, p, keep_state), ratios
+
+
+def _record_output(record: Record, p: _Problem, keep_state: bool) -> tuple[Tensor, Tensor | None]:
     o = p.empty_output()
     arguments = p.arguments() | _with_strides(dict(o=o))
     if p.single:
-        plain = p.plain and key_encoding is None
+        plain = p.plain and p.key_encoding is None
         _launch(single.plain_single_forward_kernel if plain else single.single_forward_kernel, p, arguments)
         return o, None
     whole = forward_kernel if p.signs == 1 else signed_forward_kernel
@@ -318,21 +339,47 @@ def record_forward(
     return o, state if keep_state and not p.sums_keys_again else None
 
 
-def record_backward(
-    record: Record, do: Tensor, packed: Tensor | None, state: Tensor | None, ratios: Tensor | None, q: Tensor,
-    k: Tensor | None, v: Tensor | None, q_denominator: Tensor | None, k_denominator: Tensor | None,
-    parameter: Tensor | None, key_weight: Tensor | None, key_encoding: Tensor | None, rope: Tensor | None,
-    cu_seqlens: Tensor | None, options: tuple, keys: bool,
+def record_backward(record: Record, do: Tensor, state: Tensor | None, ratios: Tensor | None, *arguments: Any) -> tuple:
+    """Gradients of the operator's first seven inputs; the eighth's is a sum of the keys'.
+
+    The arguments are those of the operator, its options in a tuple, and whether the gradients of more than the queries
+    are needed.
+    """
+    *tensors, options, keys = arguments
+    return record_gradients(record, do, None, state, ratios, tensors, options, keys)
+
+
+def record_gradients(
+    record: Record, do: Tensor, packed: Tensor | None, state: Tensor | None, ratios: Tensor | None,
+    tensors: Sequence[Tensor | None], options: tuple, keys: bool = True,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """``record_backward``; ``packed``, if given, is where the gradient of packed inputs is written."""
+    p, inputs = _start(record, tensors, options)
+    *gradients, dqd, dkd, da, dwq, dwk = _record_gradients(
+        record, do, packed, state, p.with_ratios(ratios), inputs, keys
+    )
+    if ratios is not None:
+        dq, dk, _ = unpack(*gradients)
+        dr, (_, key_ratios) = dwk, split_ratios(ratios, p.q)
+        if p.key_weight is not None and keys:
+            dr, dwk = multiply(record, dwk, p.key_weight), multiply(record, dwk, key_ratios.expand_as(dwk))
+        add_ratio_gradients(record, dq, dk, da, dwq, dr, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
+        dwk = None if p.key_weight is None else dwk
+    if da is not None:
+        # of an empty batch there is no term
+        da = _reduce(record, da) if da.numel() else record.new_zeros(da.shape[1:], torch.float32)
+    return *gradients, dqd, dkd, da, dwk
+
+
+def _record_gradients(
+    record: Record, do: Tensor, packed: Tensor | None, state: Tensor | None, p: _Problem,
+    inputs: Sequence[Tensor | None], keys: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v and denominators, terms of the parameter's, and gradients of the queries' and keys' weights.
 
-    Without ``keys`` those of the queries alone. ``packed``, if given, is where that of packed inputs is written. Of the
-    parameter's terms (terms, H, D) ``add_ratio_gradients`` is to write the last ones, where there are norm ratios.
+    Of the parameter's terms (terms, H, D) ``add_ratio_gradients`` is to write the last, where there are norm ratios.
     """
-    inputs = q, k, v
-    q, k, v = unpack(*inputs)
-    p = _Problem(record, q, k, v, q_denominator, k_denominator, record.contiguous(parameter), key_weight,
-                 key_encoding, record.contiguous(rope), cu_seqlens, *options).with_ratios(ratios)  # fmt: skip
+    q, k, v, parameter = p.q, p.k, p.v, p.parameter
     if _is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align:  # its strides are no part of the plan
         do = record.contiguous(do)
     if packed is None:
@@ -340,9 +387,9 @@ def record_backward(
     else:
         gradients = [packed, None, None]
     dq, dk, dv = unpack(*gradients)
-    dqd = p.empty_like(q_denominator)
-    dkd, dwk = (p.empty_like(x if keys else None) for x in (k_denominator, p.key_weight))
-    focusing = ratios is not None
+    dqd = p.empty_like(p.q_denominator)
+    dkd, dwk = (p.empty_like(x if keys else None) for x in (p.k_denominator, p.key_weight))
+    focusing = p.query_weight is not None
     dwq = p.empty_like(p.query_weight)
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
@@ -362,7 +409,7 @@ def record_backward(
         da_queries, da_keys = da[: rows[0]], da[rows[0] :]
     if whole:
         arguments |= dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries)
-        plain = p.plain and key_encoding is None and max(q.shape[3], v.shape[3]) <= 32  # wider: too many registers
+        plain = p.plain and p.key_encoding is None and max(q.shape[3], v.shape[3]) <= 32  # wider: too many registers
         kernel = single.plain_single_backward_kernel if plain else single.single_backward_kernel
         _launch(kernel if p.single else backward_kernel, p, arguments)
         return *gradients, dqd, dkd, da, dwq, dwk
@@ -397,50 +444,12 @@ def record_backward(
 # --- operators --------------------------------------------------------------------------------------------------------
 
 
-def _in_type_of_keys(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def in_type_of_keys(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The operator's inputs, the keys' encoding in the type of the keys: its gradient is in that which it came in."""
     encoding = tensors[7]
-    return tensors if encoding is None else (*tensors[:7], encoding.to(tensors[0].dtype), *tensors[8:])
-
-
-def _forward(tensors: Sequence[Tensor | None], options: tuple, keep_state: bool = True) -> tuple[Tensor | None, ...]:
-    """The output, and for the backward pass the keys' state and the norm ratios."""
-    tensors = _in_type_of_keys(tensors)
-    ratios = None
-    if options[1] == "focusing_power":
-        (q, k, _), parameter, key_weight, key_encoding = unpack(*tensors[:3]), *tensors[5:8]
-        ratios = run(norm_ratios, (q, k, key_encoding, parameter), (options[2],))
-        if key_weight is not None:
-            tensors = (*tensors[:6], ratios[:, None, q.shape[2] :] * key_weight, *tensors[7:])
-    return *run(record_forward, (ratios, *tensors), (options, keep_state)), ratios
-
-
-def _backward(
-    do: Tensor, state: Tensor | None, ratios: Tensor | None, keys: bool, tensors: Sequence[Tensor | None],
-    options: tuple, packed: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of the first seven inputs of the forward operator; see ``record_backward``.
-
-    The eighth's, the encoding's, is the sum over the sequences of the keys'.
-    """
-    tensors = _in_type_of_keys(tensors)
-    parameter, key_weight, key_encoding = tensors[5:8]
-    if ratios is None:
-        inputs = (do, packed, state, None, *tensors)
-    else:
-        q, k, _ = unpack(*tensors[:3])
-        key_ratios = ratios[:, None, q.shape[2] :]
-        weight = None if key_weight is None else key_ratios * key_weight
-        inputs = (do, packed, state, ratios, *tensors[:6], weight, *tensors[7:])
-    dq, dk, dv, dqd, dkd, da, dwq, dwk = run(record_backward, inputs, (options, keys))
-    if ratios is not None:
-        dr = dwk if dwk is None or key_weight is None else dwk * key_weight
-        dq_, dk_, _ = unpack(dq, dk, dv)
-        run(add_ratio_gradients, (dq_, dk_, da, dwq, dr, q, k, key_encoding, parameter), (options[2],))
-        dwk = None if dwk is None or key_weight is None else dwk * key_ratios
-    if da is not None:
-        da = run(_reduce, (da,)) if da.shape[0] > 1 else da.sum(0)  # of an empty batch there is no term
-    return dq, dk, dv, dqd, dkd, da, dwk
+    if encoding is None or encoding.dtype == tensors[0].dtype:
+        return tensors
+    return *tensors[:7], encoding.to(tensors[0].dtype), *tensors[8:]
 
 
 SCHEMA = """
@@ -450,8 +459,9 @@ SCHEMA = """
 """
 
 
-def _forward_operator(q: Tensor, *arguments) -> tuple[Tensor, ...]:
-    return as_outputs(_forward((q, *arguments[:9]), arguments[9:]), q)
+def _forward_operator(*arguments) -> tuple[Tensor, ...]:
+    tensors = in_type_of_keys(arguments[:10])
+    return as_outputs(run(record_forward, tensors, (arguments[10:], True)), tensors[0])
 
 
 def _fake_forward(*arguments) -> tuple[Tensor, ...]:
@@ -461,7 +471,8 @@ def _fake_forward(*arguments) -> tuple[Tensor, ...]:
 
 def _backward_operator(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *arguments) -> tuple[Tensor, ...]:
     ratios = ratios if arguments[11] == "focusing_power" else None
-    return as_outputs(_backward(do, state, ratios, keys, arguments[:10], arguments[10:]), do)
+    inputs = do, state, ratios, *in_type_of_keys(arguments[:10])
+    return as_outputs(run(record_backward, inputs, (arguments[10:], keys)), do)
 
 
 def _fake_backward(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *arguments) -> tuple[Tensor, ...]:
@@ -478,23 +489,27 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:10], *output[1:])
 
 
-def _of_keys(ctx, q: Tensor) -> bool:
+def _of_keys(needed: Sequence[bool], q: Tensor, softmax: bool) -> bool:
     """Whether more than the gradient of the queries is needed; through a softmax it takes that of the keys, too."""
-    _, k, v, _, *others = ctx.needs_input_grad[:8]
-    return ctx.options[-1] or q.ndim == 5 or k or v or any(others)
+    _, k, v, _, *others = needed[:8]
+    return softmax or q.ndim == 5 or k or v or any(others)
 
 
 def _differentiate(ctx, do, *_):
     *tensors, state, ratios = ctx.saved_tensors
-    gradients = linear_attention_backward(do, state, ratios, _of_keys(ctx, tensors[0]), *tensors, *ctx.options)
-    de = encoding_gradient(tensors[7], gradients[:3]) if ctx.needs_input_grad[7] else None
-    gradients = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
+    needed = ctx.needs_input_grad
+    keys = _of_keys(needed, tensors[0], ctx.options[-1])
+    gradients = linear_attention_backward(do, state, ratios, keys, *tensors, *ctx.options)
+    de = encoding_gradient(gradients, tensors[7].dtype) if needed[7] else None
+    gradients = [g if need else None for g, need in zip(gradients, needed, strict=False)]
     return *gradients, de, *[None] * (2 + len(ctx.options))
 
 
-def encoding_gradient(key_encoding: Tensor, gradients: Sequence[Tensor | None]) -> Tensor:
+def encoding_gradient(gradients: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """The gradient of the keys' encoding from those of q, k, v."""
-    return unpack(*gradients)[1].sum(0, dtype=torch.float32).to(key_encoding.dtype)
+    q, k = gradients[:2]
+    dk = q.select(2, 1).transpose(1, 2) if q.ndim == 5 else k
+    return dk.sum(0, dtype=torch.float32).to(dtype)
 
 
 linear_attention_forward = define_operator(
@@ -507,24 +522,27 @@ linear_attention_backward = define_operator(
 )  # fmt: skip
 
 
+@eager_function
 class _Eager(torch.autograd.Function):
     """The operators' work without their dispatcher, which takes longer than short sequences' kernels."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, options = inputs
-        o, state, ratios = _forward(tensors, options)
-        ctx.options = options
-        ctx.save_for_backward(*tensors, state, ratios)
+        *tensors, options, check = inputs
+        ctx.options, ctx.encoding_type = options, None if tensors[7] is None else tensors[7].dtype
+        tensors = in_type_of_keys(tensors)
+        o, *saved = run(record_forward, tensors, (options, True), check)
+        ctx.save_for_backward(*tensors, *saved)
         return o
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
         *tensors, state, ratios = ctx.saved_tensors
-        gradients = _backward(do, state, ratios, _of_keys(ctx, tensors[0]), tensors, ctx.options)
-        de = encoding_gradient(tensors[7], gradients[:3]) if ctx.needs_input_grad[7] else None
-        return *gradients, de, None, None, None
+        needed = ctx.needs_input_grad
+        keys = _of_keys(needed, tensors[0], ctx.options[-1])
+        gradients = run(record_backward, (do, state, ratios, *tensors), (ctx.options, keys))
+        de = encoding_gradient(gradients, ctx.encoding_type) if needed[7] else None
+        return *gradients, de, *[None] * 4
 
 
 @register_flop_formula(torch.ops.flash_bla.linear_attention_forward)
@@ -563,35 +581,45 @@ def operator_arguments(
 ) -> tuple[tuple[Tensor | None, ...], tuple]:
     """Tensors and options of the forward operator, from checked arguments."""
     if rope is not None:  # bfloat16 needs no more than float16, and reads less
-        rope = rope.to(torch.float16 if q.dtype == torch.bfloat16 else torch.float32)
-    parameter = None if feature_map.parameter is None else feature_map.parameter.float()
+        rope = _to(rope, torch.float16 if q.dtype == torch.bfloat16 else torch.float32)
+    parameter = None if feature_map.parameter is None else _to(feature_map.parameter, torch.float32)
     softmax = isinstance(key_weight, str)
-    key_weight = key_weight.float() if isinstance(key_weight, Tensor) else None
+    key_weight = None if key_weight is None or softmax else _to(key_weight, torch.float32)
     scale = None if scale is None else float(scale)
     tensors = q, k, v, q_denominator, k_denominator, parameter, key_weight, key_encoding, rope, cu_seqlens
     options = max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, float(eps), softmax
     return tensors, options
 
 
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def linear_attention(
-    q: Tensor, k: Tensor | None, v: Tensor | None, feature_map: FeatureMap, **arguments: Any
-) -> Tensor:
-    """The operator on checked arguments; as ``linear_attention_reference``, but for q, k, v see ``unpack``."""
+    q: Tensor, k: Tensor | None, v: Tensor | None, feature_map: FeatureMap, check: Callable | None = None,
+    **arguments: Any,
+) -> Tensor:  # fmt: skip
+    """The operator; as ``linear_attention_reference``, but for q, k, v see ``unpack``.
+
+    The arguments have been checked, or q is eager and they are by ``check`` where such ones were not met before.
+    """
     tensors, options = operator_arguments(q, k, v, feature_map, **arguments)
-    eager = is_eager(q)
+    eager = check is not None or is_eager(q)
 
     def attend(*qkv: Tensor | None) -> Tensor:
         inputs = (*qkv, *tensors[3:])
         if not eager:
             return linear_attention_forward(*inputs, *options)[0]
         if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs]):
-            return _Eager.apply(*inputs, options)
-        return _forward(inputs, options, keep_state=False)[0]  # no state for a backward pass that will not come
+            return _Eager.apply(*inputs, options, check)
+        return run(record_forward, in_type_of_keys(inputs), (options, False), check)[0]  # no backward pass will come
 
     signs = 2 if feature_map.signed else 1
     widest = widest_values(q, signs)
     if (q if v is None else v).shape[-1] <= widest:
         return attend(q, k, v)
+    if check is not None:
+        check()
     q, k, v = unpack(q, k, v)
     # The output is linear in the values: columns can be computed apart, of signed_power the two halves' together.
     parts = v.unflatten(3, (signs, -1)).split(widest // signs, dim=4)

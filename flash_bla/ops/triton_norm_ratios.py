@@ -204,6 +204,18 @@ def norm_ratio_gradient_kernel(
         tl.store(dscale_ptr + row * W.C + c, total, mask=c < W.C)
 
 
+@jit(do_not_specialize=[*NOT_SPECIALIZED, "x_ptr", "x_strides", "y_ptr", "y_strides"])
+def multiply_kernel(x_ptr, x_strides, y_ptr, y_strides, product_ptr, heads, length, BLOCK: tl.constexpr):
+    """Products of (B, H, N): blocks (axis 1) of a sequence and head (axis 0)."""
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    sequence, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0) % heads
+    x_ptr += sequence * x_strides[0] + head * x_strides[1]
+    y_ptr += sequence * y_strides[0] + head * y_strides[1]
+    x = tl.load(x_ptr + n.to(tl.int64) * x_strides[2], mask=n < length, other=0.0)
+    y = tl.load(y_ptr + n.to(tl.int64) * y_strides[2], mask=n < length, other=0.0)
+    tl.store(product_ptr + tl.program_id(0).to(tl.int64) * length + n, x * y, mask=n < length)
+
+
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +257,23 @@ def _are_packed(*tensors: Tensor | None) -> bool:
 def encoding_strides(encoding: Tensor | None) -> tuple[int, int, int, int]:
     """Those of an encoding (H, M, D), the same for all sequences."""
     return (0, 0, 0, 0) if encoding is None else (0, *encoding.stride())
+
+
+def split_ratios(ratios: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries' ``(B, 1, N)`` and the keys' ``(B, 1, M)``."""
+    N = q.shape[2]
+    return ratios[:, None, :N], ratios[:, None, N:]
+
+
+def multiply(record: Record, x: Tensor, y: Tensor) -> Tensor:
+    """x · y of float32 ``(B, H, N)``."""
+    B, H, N = x.shape
+    product = record.new_empty(x.shape, torch.float32)
+    arguments = dict(
+        x_ptr=x, x_strides=x.stride(), y_ptr=y, y_strides=y.stride(), product_ptr=product, heads=H, length=N, BLOCK=1024
+    )
+    record.launch(multiply_kernel, (B * H, cdiv(N, 1024), 1), arguments)
+    return product
 
 
 def norm_ratios(

@@ -29,13 +29,16 @@ except ImportError:
 
 
 META = torch.device("meta")
+PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that stands for something else
 
 # Whether Triton's interpreter runs the kernels, on any device; Triton reads the variable when it is imported, too.
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-# Lengths and counts are never specialised: a new sequence length compiles nothing.
+# Lengths and counts are never specialised, nor is where the weights of tokens stand, which depends on them: a new
+# sequence length compiles nothing.
 NOT_SPECIALIZED = [
     "length", "query_length", "key_length", "heads", "splits", "query_splits", "blocks", "padded", "kept", "programs",
+    "wq_ptr", "wq_strides", "wk_ptr", "wk_strides", "dwq_strides", "dwk_strides",
 ]  # fmt: skip
 
 
@@ -151,15 +154,20 @@ def launch_options(
 def is_eager(x: Tensor) -> bool:
     """Whether nothing looks on that must see operators: tracing, a dispatch mode, a transform, a subclass of Tensor."""
     return not (
-        torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        torch.compiler.is_compiling() or type(x) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active() or torch._C._functorch.is_functorch_wrapped_tensor(x)
     )  # fmt: skip
 
 
-def once_differentiable(backward: Callable) -> Callable:
-    """PyTorch's, which takes time only where gradients have a graph of their own."""
-    careful = torch.autograd.function.once_differentiable(backward)
-    return lambda *arguments: (careful if torch.is_grad_enabled() else backward)(*arguments)
+def eager_function(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Decorates autograd functions of eager calls: they leave out what PyTorch does around them for transforms.
+
+    A gradient's gradient is refused, as by PyTorch's ``once_differentiable``, which takes time only where there is one.
+    """
+    backward, careful = cls.backward, torch.autograd.function.once_differentiable(cls.backward)
+    cls.apply = super(torch.autograd.Function, cls).apply
+    cls._backward_cls.apply = lambda *arguments: (careful if torch.is_grad_enabled() else backward)(*arguments)
+    return cls
 
 
 class Launch:
@@ -221,6 +229,7 @@ class Record:
         """An input, or a contiguous copy of it."""
         if x is None or x.is_contiguous():
             return x
+        assert not x._is_view()
         self._copies.append((x, torch.empty(x.shape, dtype=x.dtype, device=META)))
         return self._copies[-1][1]
 
@@ -327,7 +336,7 @@ def run(
             _RECORDS.clear()
         place = next(x.device for x in tensors if x is not None)
         record = _RECORDS[signature] = Record(function, tensors, options, place)
-    if INTERPRETING or device == torch.cuda.current_device():
+    if INTERPRETING or device == torch._C._cuda_getDevice():
         return record.replay(list(tensors), pointers)
     with torch.cuda.device(device):  # where memory comes from, and Triton launches
         return record.replay(list(tensors), pointers)

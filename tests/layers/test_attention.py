@@ -225,10 +225,10 @@ def test_encoding_follows_the_grid(name, grid):
     with torch.no_grad():  # a constant stays that constant
         attention.positional_encoding.copy_(torch.linspace(-1, 1, DIM).expand(1, 16, -1))
     x = torch.zeros(1, 1 + grid[0] * grid[1], DIM, dtype=torch.float64)
-    encoding = attention.encode_position(x, grid, HEADS)
+    encoding = attention.encode_position(x, grid)
     assert encoding[:, 0].abs().max() == 0
-    expected = heads(attention.positional_encoding[:, :1]).expand(1, -1, x.shape[1] - 1, -1)
-    torch.testing.assert_close(encoding[None, :, 1:], expected, rtol=1e-6, atol=1e-6)
+    expected = attention.positional_encoding[:, :1].expand(1, x.shape[1] - 1, -1)
+    torch.testing.assert_close(encoding[:, 1:], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_pola_with_a_projection_that_is_no_linear_layer():

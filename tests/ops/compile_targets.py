@@ -20,11 +20,11 @@ from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_plain as plain
+from flash_bla.ops import triton_polarity as polarity
+from flash_bla.ops import triton_rotary as rotary
 from flash_bla.ops import triton_signed as signed
 from flash_bla.ops import triton_single as single
 from flash_bla.ops import triton_support as support
-from flash_bla.ops.triton_column_sums import column_sums
-from flash_bla.ops.triton_norm_ratios import add_ratio_gradients, norm_ratios
 from flash_bla.ops.triton_support import Record, cdiv
 from flash_bla.ops.triton_tuning import widest_values
 
@@ -71,15 +71,10 @@ def linear(variant, dtype, D, N):
     q, k, v = x(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     v = v[..., : widest_values(q, 2 if variant["feature_map"] == "signed_power" else 1)]
     tensors = q, k, v, decoupled, decoupled, parameter, weight, encoding, rope, cu_seqlens
-    focusing = variant["feature_map"] == "focusing_power"
-    ratios = x(B, 2 * N) if focusing else None
+    ratios = x(B, 2 * N) if variant["feature_map"] == "focusing_power" else None
     do, state = x(B, N, H, v.shape[3], dtype=dtype).transpose(1, 2), x(B, H, 2, v.shape[3] + 3, D)
-    yield Record(module.record_forward, (ratios, *tensors), (options, True))
-    yield Record(module.record_backward, (do, None, state, ratios, *tensors), (options, True))
-    if focusing:
-        yield Record(norm_ratios, (q, k, encoding, parameter), (3,))
-        terms, dr = x(1000, H, D), x(B, H, N)
-        yield Record(add_ratio_gradients, (q, k, terms, dr, dr, q, k, encoding, parameter), (3,))
+    yield Record(module.record_forward, tensors, (options, True))
+    yield Record(module.record_backward, (do, state, ratios, *tensors), (options, True))
 
 
 def piecewise_sparse(dtype, D, block_size):
@@ -110,10 +105,24 @@ def around_attention(dtype, D):
     x, weight = torch.empty((128, D), dtype=dtype, device="meta"), torch.empty(D, device="meta")
     yield Record(layer_norm.record_forward, (x, x, weight, weight), (1e-5, 0.01, dtype))
     yield Record(layer_norm.record_backward, (x, x, x, weight, weight), (1e-5, 0.01, True))
-    yield Record(activations.record_gate, (x, x))
-    yield Record(activations.record_gate_gradient, (x, x, x), (True,))
-    yield Record(activations.record_gelu_gradient, (x, x))
-    yield Record(column_sums, (x,))
+    for gate, factor in ((None, None), (x, weight)):
+        yield Record(activations.record_operands, (x, gate, x, x[:, 0], factor), (gate is None, dtype))
+        yield Record(activations.record_gradients, (x, x, x, gate), (gate is None, True))
+    yield Record(activations.record_casts, (x, weight, x, weight), (dtype,))
+    yield Record(activations.record_sum, (x, x))
+    yield Record(activations.scale_gradients, (x, weight, x, weight, weight))
+
+
+def parameters_and_rotation(dtype, D):
+    x = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+    B, N, H = 2, 100, 3
+    scale, power, encoding = x(1, 1, H * D), x(1, H, 1, D), x(1, N, H * D)
+    yield Record(polarity.record_parameters, (scale, power, encoding), (4.0,))
+    gradients = x(4 * H * D), x(H, D), x(N, H, D).transpose(0, 1)
+    yield Record(polarity.record_parameter_gradients, (*gradients, scale, power, encoding), (4.0,))
+    heads, tokens, rope = x(B, H, N, D, dtype=dtype), x(B, N, H * D, dtype=dtype), x(1, N, D // 2, 2)
+    yield Record(rotary.record_rotation, (x(B, N, 4, H, D, dtype=dtype), rope))
+    yield Record(rotary.record_rotation_gradient, (heads, heads, heads, tokens, tokens, rope))
 
 
 def kind(value):
@@ -167,7 +176,7 @@ def main(targets):
     for dtype, D, block in ((torch.bfloat16, 128, 64), (torch.float16, 64, 128), (torch.float32, 128, 64)):
         what = f"blocks of {block}, D={D}, {dtype}"
         runs.append((what, dtype, partial(piecewise_sparse, dtype, D, block)))
-    for run in (depthwise_conv, around_attention):
+    for run in (depthwise_conv, around_attention, parameters_and_rotation):
         runs.append((f"C=64, {torch.bfloat16}", torch.bfloat16, partial(run, torch.bfloat16, 64)))
     for name in targets:
         target, limit = TARGETS[name]

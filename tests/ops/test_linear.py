@@ -1,6 +1,5 @@
 """The linear layer of mixed-precision training against ``F.linear`` in float64."""
 
-import sys
 from itertools import product
 
 import pytest
@@ -10,16 +9,11 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_bla.layers import Mlp
 from flash_bla.ops import linear
+from flash_bla.ops.linear import mlp
 from flash_bla.ops.triton_support import HAS_TRITON
 from tests.ops.cases import DEVICE
 
-linear_module = sys.modules["flash_bla.ops.linear"]
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
-
-
-@pytest.fixture(autouse=True)
-def small_is_large(monkeypatch):
-    monkeypatch.setattr(linear_module, "LARGE", 1)
 
 
 def make_inputs(shape, D, dtype):
@@ -67,6 +61,53 @@ def test_activation_before(backend, activation, dtype):
     types = [torch.bfloat16, *(x.dtype for x in leaves)]
     for got, want, type_ in zip(results, expected, types, strict=True):
         assert got.dtype == type_ and (got.double() - want).norm() <= 1e-2 * want.norm()
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (2,), (3,)], ids=["", "weight", "bias", "factor"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_factor_and_split(backend, frozen):
+    (x, weight, bias), dy = make_inputs((2, 50, 24), 40, torch.bfloat16)
+    inputs = [x, weight, bias, 0.5 + torch.rand(1, 1, 40, device=DEVICE)]
+    definition = lambda x, weight, bias, factor: F.linear(x, weight, bias) * factor  # noqa: E731
+    results = []
+    for function, dtype in ((linear, None), (definition, torch.float64)):
+        leaves = [y.to(dtype or y.dtype).requires_grad_(i not in frozen) for i, y in enumerate(inputs)]
+        options = {} if dtype else dict(factor=leaves.pop(), split=(4, -1), backend=backend)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype is None):
+            y = function(*leaves, **options)
+        assert y.shape == ((2, 50, 40) if dtype else (2, 50, 4, 10))
+        needed = [y for y in (*leaves, *options.values()) if isinstance(y, torch.Tensor) and y.requires_grad]
+        results.append(
+            [y.flatten(2) if dtype is None else y, *torch.autograd.grad(y, needed, dy.to(y.dtype).view(y.shape))]
+        )
+    for got, want in zip(*results, strict=True):
+        assert (got.double() - want).flatten().norm() <= 1e-2 * want.norm()
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("frozen", [None, "x", "weight", "bias"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mlp(backend, frozen, biases):
+    (x, weight1, bias1), _ = make_inputs((2, 50, 24), 40, torch.bfloat16)
+    (_, weight2, bias2), dy = make_inputs((2, 50, 40), 32, torch.bfloat16)
+    inputs = dict(x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    results = []
+    for dtype in (None, torch.float64):
+        leaves = {
+            name: y.to(dtype or y.dtype).requires_grad_(name.rstrip("12") != frozen) for name, y in inputs.items()
+        }
+        if not biases:
+            leaves |= dict(bias1=None, bias2=None)
+        x, weight1, bias1, weight2, bias2 = leaves.values()
+        if dtype:
+            y = F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+        else:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                y = mlp(*leaves.values(), backend=backend)
+        needed = [z for z in leaves.values() if z is not None and z.requires_grad]
+        results.append([y, *torch.autograd.grad(y, needed, dy.to(y.dtype))])
+    for got, want in zip(*results, strict=True):
+        assert got.shape == want.shape and (got.double() - want).norm() <= 2e-2 * want.norm()
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")

@@ -38,7 +38,7 @@ def run(function, name, parts, tokens, width, dtype, double=False, **options):
         return (x.double() if double else x).requires_grad_()
 
     packed = leaf(2, tokens, parts, H, width, dtype=dtype)
-    v = leaf(2, tokens, H, width, dtype=dtype) if parts == 2 else None
+    v = leaf(2, tokens, H * width, dtype=dtype) if parts == 2 else None
     weight, bias = leaf(width, 1, 3, 3, scale=0.3), leaf(width)
     more, parameters = make_options(name, tokens, width, double)
     y = function(packed, GRID, weight, bias, v=v, **more, **options)
@@ -49,7 +49,7 @@ def run(function, name, parts, tokens, width, dtype, double=False, **options):
 
 def one_after_the_other(packed, grid, weight, bias, *, v, **options):
     q, k, *others = packed.unbind(2)
-    v = others[0] if v is None else v
+    v = others[0] if v is None else v.unflatten(2, (H, -1))
     o = linear_attention(*(x.transpose(1, 2) for x in (q, k, v)), **options)
     gate = others[1].flatten(2) if len(others) == 2 else None
     return depthwise_conv(v.flatten(2), grid, weight, bias, add=o.transpose(1, 2).flatten(2), gate=gate)
@@ -76,7 +76,7 @@ def test_values_that_are_cut():
 @pytest.mark.parametrize(("width", "value_width"), [(16, 24), (256, 48)])
 def test_values_of_another_width(width, value_width):
     leaves = [torch.randn(*shape, device=DEVICE) for shape in
-              ((2, 15, 2, H, width), (2, 15, H, value_width), (value_width, 1, 5, 5), (value_width,))]  # fmt: skip
+              ((2, 15, 2, H, width), (2, 15, H * value_width), (value_width, 1, 5, 5), (value_width,))]  # fmt: skip
     dy = torch.randn(2, 15, H * value_width, device=DEVICE)
     results = []
     for function, dtype, options in ((linear_attention_dwc, torch.float32, {"backend": "triton"}),
@@ -88,7 +88,7 @@ def test_values_of_another_width(width, value_width):
 
 
 def test_operations_are_counted():
-    packed, v = torch.randn(2, 15, 2, H, 16, device=DEVICE), torch.randn(2, 15, H, 24, device=DEVICE)
+    packed, v = torch.randn(2, 15, 2, H, 16, device=DEVICE), torch.randn(2, 15, H * 24, device=DEVICE)
     weight = torch.randn(24, 1, 3, 3, device=DEVICE)
     with FlopCounterMode(display=False) as counter:
         linear_attention_dwc(packed, GRID, weight, v=v, feature_map="elu1", backend="triton")
@@ -109,7 +109,7 @@ def test_gradient_is_one_tensor(parts):
 @pytest.mark.parametrize("name", ["softmax", "focusing_power"])
 def test_opcheck(name, parts):
     packed = torch.randn(1, 15, parts, H, 16, device=DEVICE, requires_grad=True)
-    v = torch.randn(1, H, 15, 16, device=DEVICE, requires_grad=True) if parts == 2 else None
+    v = torch.randn(1, 15, H * 16, device=DEVICE, requires_grad=True) if parts == 2 else None
     weight, bias = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((16, 1, 3, 3), (16,)))
     focusing = name == "focusing_power"
     parameter = torch.full((H, 16), 1.5, device=DEVICE, requires_grad=True) if focusing else None
@@ -137,11 +137,11 @@ def test_errors():
     with pytest.raises(ValueError, match=r"qkv must have shape \(B, N, 3 or 4, H, D\), got \(2, 15, 2, 2, 16\)"):
         linear_attention_dwc(x[:, :, :2], GRID, weight)
     with pytest.raises(ValueError, match=r"qkv must have shape .*, beside v, got \(2, 15, 4, 2, 16\)"):
-        linear_attention_dwc(x, GRID, weight, v=x[:, :, 2])
-    with pytest.raises(ValueError, match=r"v must have shape .* here \(2, 15, 2, 16\), got \(2, 14, 2, 16\)"):
-        linear_attention_dwc(x[:, :, :2], GRID, weight, v=x[:, 1:, 2])
+        linear_attention_dwc(x, GRID, weight, v=x[:, :, 2].flatten(2))
+    with pytest.raises(ValueError, match=r"v must have shape \(2, 15, 2·Dv\) .*, got \(2, 14, 32\)"):
+        linear_attention_dwc(x[:, :, :2], GRID, weight, v=x[:, 1:, 2].flatten(2))
     with pytest.raises(TypeError, match="v must have the dtype of qkv, torch.float32, got torch.float16"):
-        linear_attention_dwc(x[:, :, :2], GRID, weight, v=x[:, :, 2].half())
+        linear_attention_dwc(x[:, :, :2], GRID, weight, v=x[:, :, 2].flatten(2).half())
     with pytest.raises(ValueError, match="grid must be positive"):
         linear_attention_dwc(x, (4, 5), weight)
     with pytest.raises(ValueError, match="weight's channels must divide those of x, 32, got 24"):

@@ -1,0 +1,12 @@
+"""Which modules may be read instead of being called."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether a module is of a class itself, and not what another library has put in its place, and has no hooks."""
+    return type(module) is cls and not (
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
