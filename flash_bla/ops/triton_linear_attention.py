@@ -30,6 +30,7 @@ from flash_bla.ops.triton_norm_ratios import (
     multiply,
     norm_ratios,
     ratio_gradient_programs,
+    ratios_shape,
     split_ratios,
 )
 from flash_bla.ops.triton_signed import (
@@ -49,6 +50,7 @@ from flash_bla.ops.triton_support import (
     is_eager,
     is_hopper,
     multiprocessors,
+    padded,
     power_of_two,
     precision,
     run,
@@ -135,13 +137,13 @@ class _Problem(NamedTuple):
         """The norm ratios of queries and keys, beside each other."""
         if self.feature_map != "focusing_power":
             return None
-        return self.new_empty(self.q.shape[0], self.q.shape[2] + self.k.shape[2])
+        return self.new_empty(*ratios_shape(self.q, self.k))
 
     def with_ratios(self, ratios: Tensor | None) -> _Problem:
         """The norm ratios are weights of queries and keys, and multiply other weights of the keys."""
         if ratios is None:
             return self
-        query_weight, key_weight = (x.expand(-1, self.q.shape[1], -1) for x in split_ratios(ratios, self.q))
+        query_weight, key_weight = (x.expand(-1, self.q.shape[1], -1) for x in split_ratios(ratios, self.q, self.k))
         if self.key_weight is not None:
             key_weight = multiply(self.record, self.key_weight, key_weight)
         return self._replace(query_weight=query_weight, key_weight=key_weight)
@@ -156,6 +158,13 @@ class _Problem(NamedTuple):
         if x is None or x.ndim != 4:
             return None if x is None else self._empty(x.shape, x.dtype)
         return self._empty(x.transpose(1, 2).shape, x.dtype).transpose(1, 2)
+
+    def empty_weights(self, like: Tensor | None) -> Tensor | None:
+        """A gradient of weights of tokens ``(B, H, N)``, in padded rows."""
+        if like is None:
+            return None
+        B, H, N = like.shape
+        return self._empty((B, H, padded(N)), torch.float32)[:, :, :N]
 
     def _empty(self, shape, dtype: torch.dtype) -> Tensor:
         memory = self.record or self.q
@@ -295,6 +304,10 @@ def _start(record: Record, tensors: Sequence[Tensor | None], options: tuple) -> 
     """The problem without norm ratios, and its inputs q, k, v, which may be packed."""
     inputs, others = tensors[:3], list(tensors[3:])
     others[2], others[5] = record.contiguous(others[2]), record.contiguous(others[5])  # the parameter and rope
+    weight = others[3]
+    if weight is not None:
+        shared = weight.stride(1) == 0  # by the heads
+        others[3] = multiply(record, weight[:, :1] if shared else weight).expand(weight.shape)
     return _Problem(record, *unpack(*inputs), *others, *options), inputs
 
 
@@ -360,7 +373,7 @@ def record_gradients(
     )
     if ratios is not None:
         dq, dk, _ = unpack(*gradients)
-        dr, (_, key_ratios) = dwk, split_ratios(ratios, p.q)
+        dr, (_, key_ratios) = dwk, split_ratios(ratios, p.q, p.k)
         if p.key_weight is not None and keys:
             dr, dwk = multiply(record, dwk, p.key_weight), multiply(record, dwk, key_ratios.expand_as(dwk))
         add_ratio_gradients(record, dq, dk, da, dwq, dr, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
@@ -388,9 +401,9 @@ def _record_gradients(
         gradients = [packed, None, None]
     dq, dk, dv = unpack(*gradients)
     dqd = p.empty_like(p.q_denominator)
-    dkd, dwk = (p.empty_like(x if keys else None) for x in (p.k_denominator, p.key_weight))
+    dkd, dwk = (None, None) if not keys else (p.empty_like(p.k_denominator), p.empty_weights(p.key_weight))
     focusing = p.query_weight is not None
-    dwq = p.empty_like(p.query_weight)
+    dwq = p.empty_weights(p.query_weight)
     arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
     whole = p.single or keys and _fits(backward_kernel, p)
@@ -478,8 +491,9 @@ def _backward_operator(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *a
 def _fake_backward(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *arguments) -> tuple[Tensor, ...]:
     q, k, v, *others = arguments
     p = _Problem(None, *unpack(q, k, v), *others)
-    dk, dv, dkd, dwk = (p.empty_like(x if keys else None) for x in (k, v, p.k_denominator, p.key_weight))
+    dk, dv, dkd = (p.empty_like(x if keys else None) for x in (k, v, p.k_denominator))
     of_queries = p.empty_like(q), p.empty_like(p.q_denominator)
+    dwk = p.empty_weights(p.key_weight if keys else None)
     return as_outputs((of_queries[0], dk, dv, of_queries[1], dkd, p.empty_like(p.parameter), dwk), do)
 
 

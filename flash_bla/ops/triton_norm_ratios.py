@@ -15,7 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, Record, cdiv, jit, multiprocessors, power_of_two, share, tl
+from flash_bla.ops.triton_support import (
+    NOT_SPECIALIZED,
+    Record,
+    cdiv,
+    jit,
+    multiprocessors,
+    padded,
+    power_of_two,
+    share,
+    tl,
+)
 
 # Strides come as tuples in the order (batch, head, row, column).
 
@@ -94,10 +104,10 @@ def _start(pointer, strides, row):
 
 
 @jit
-def _write_ratios(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, ratio_ptr, W: tl.constexpr):
+def _write_ratios(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, ratio_ptr, written, W: tl.constexpr):
     _, inverse_norm, powers = _load_u(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, W)
     ratio = _power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
-    tl.store(ratio_ptr + tl.arange(0, W.BLOCK_N), ratio, mask=inside)
+    tl.store(ratio_ptr + tl.arange(0, W.BLOCK_N), ratio, mask=written)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -105,25 +115,28 @@ def norm_ratio_kernel(
     q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, scale_ptr, ratio_ptr, query_length, key_length,
     W: tl.constexpr,
 ):  # fmt: skip
-    """The ratios (B, N + M) of queries and keys: programs share the rows (axis 0) of a sequence (axis 1).
+    """The ratios of queries and keys, each padded: programs share the rows (axis 0) of a sequence (axis 1).
 
     An encoding, if any, is added to the keys; its stride from one sequence to the next is zero.
     """
     inverses, least = _load_scale(scale_ptr, W)
-    begin, end = share(tl.maximum(query_length, key_length), tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
+    padded_queries, padded_keys = tl.cdiv(query_length, 16) * 16, tl.cdiv(key_length, 16) * 16
+    begin, end = share(tl.maximum(padded_queries, padded_keys), tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
     q_ptr, q_offsets = _start(q_ptr, q_strides, begin), _offsets(q_strides, W)
     k_ptr, k_offsets = _start(k_ptr, k_strides, begin), _offsets(k_strides, W)
     e_offsets = k_offsets
     if e_ptr is not None:
         e_ptr, e_offsets = _start(e_ptr, e_strides, begin), _offsets(e_strides, W)
-    ratio_ptr += tl.program_id(1).to(tl.int64) * (query_length + key_length)
+    ratio_ptr += tl.program_id(1).to(tl.int64) * (padded_queries + padded_keys)
     step = tl.full((), W.BLOCK_N, tl.int64)
     for start in tl.range(begin, end, W.BLOCK_N, num_stages=3):
         n = start + tl.arange(0, W.BLOCK_N)
         ratios = ratio_ptr + start
-        _write_ratios(q_ptr, q_offsets, None, q_offsets, n < query_length, inverses, least, ratios, W)
-        ratios += query_length
-        _write_ratios(k_ptr, k_offsets, e_ptr, e_offsets, n < key_length, inverses, least, ratios, W)
+        _write_ratios(
+            q_ptr, q_offsets, None, q_offsets, n < query_length, inverses, least, ratios, n < padded_queries, W
+        )
+        ratios += padded_queries
+        _write_ratios(k_ptr, k_offsets, e_ptr, e_offsets, n < key_length, inverses, least, ratios, n < padded_keys, W)
         if e_ptr is not None:
             e_ptr += step * e_strides[2]
         q_ptr += step * q_strides[2]
@@ -152,6 +165,8 @@ def norm_ratio_gradient_kernel(
 ):  # fmt: skip
     """Adds to dx what comes by the ratios, and sums for the scale's gradient; dr (B, H, N) is summed over the heads.
 
+    The rows of dr are padded.
+
     The ratios are those of x + e, if there is an encoding.
 
     Programs share the rows (axis 0) of a sequence (axis 1). With ``LOG``, the gradient of the ratios' logarithms, most
@@ -161,7 +176,8 @@ def norm_ratio_gradient_kernel(
     inverses, least = _load_scale(scale_ptr, W)
     begin, end = share(length, tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
     rows, h = tl.arange(0, W.BLOCK_N), tl.arange(0, BLOCK_H)
-    dr_ptr += tl.program_id(1).to(tl.int64) * HEADS * length + (h * length)[:, None]
+    row_stride = tl.cdiv(length, 16) * 16
+    dr_ptr += tl.program_id(1).to(tl.int64) * HEADS * row_stride + (h * row_stride)[:, None]
     x_ptr, offsets = _start(x_ptr, x_strides, 0), _offsets(x_strides, W)
     e_offsets = _offsets(e_strides, W)
     dx_ptr, dx_offsets = _start(dx_ptr, dx_strides, 0), _offsets(dx_strides, W)
@@ -204,16 +220,21 @@ def norm_ratio_gradient_kernel(
         tl.store(dscale_ptr + row * W.C + c, total, mask=c < W.C)
 
 
-@jit(do_not_specialize=[*NOT_SPECIALIZED, "x_ptr", "x_strides", "y_ptr", "y_strides"])
-def multiply_kernel(x_ptr, x_strides, y_ptr, y_strides, product_ptr, heads, length, BLOCK: tl.constexpr):
-    """Products of (B, H, N): blocks (axis 1) of a sequence and head (axis 0)."""
+STRIDES = ["x_batch", "x_head", "x_row", "y_batch", "y_head", "y_row"]
+
+
+@jit(do_not_specialize=[*NOT_SPECIALIZED, *STRIDES, "x_ptr", "y_ptr"])
+def multiply_kernel(
+    x_ptr, x_batch, x_head, x_row, y_ptr, y_batch, y_head, y_row, product_ptr, heads, length, padded,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Products of (B, H, N), or copies of x without y: blocks (axis 1) of a sequence and head (axis 0)."""
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    sequence, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0) % heads
-    x_ptr += sequence * x_strides[0] + head * x_strides[1]
-    y_ptr += sequence * y_strides[0] + head * y_strides[1]
-    x = tl.load(x_ptr + n.to(tl.int64) * x_strides[2], mask=n < length, other=0.0)
-    y = tl.load(y_ptr + n.to(tl.int64) * y_strides[2], mask=n < length, other=0.0)
-    tl.store(product_ptr + tl.program_id(0).to(tl.int64) * length + n, x * y, mask=n < length)
+    batch, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0).to(tl.int64) % heads
+    product = tl.load(x_ptr + batch * x_batch + head * x_head + n.to(tl.int64) * x_row, mask=n < length, other=0.0)
+    if y_ptr is not None:
+        product *= tl.load(y_ptr + batch * y_batch + head * y_head + n.to(tl.int64) * y_row, mask=n < length, other=0.0)
+    tl.store(product_ptr + tl.program_id(0).to(tl.int64) * padded + n, product, mask=n < length)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -259,19 +280,24 @@ def encoding_strides(encoding: Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if encoding is None else (0, *encoding.stride())
 
 
-def split_ratios(ratios: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def ratios_shape(q: Tensor, k: Tensor) -> tuple[int, int]:
+    """That of the norm ratios: the queries' and the keys', each padded."""
+    return q.shape[0], padded(q.shape[2]) + padded(k.shape[2])
+
+
+def split_ratios(ratios: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The queries' ``(B, 1, N)`` and the keys' ``(B, 1, M)``."""
-    N = q.shape[2]
-    return ratios[:, None, :N], ratios[:, None, N:]
+    return ratios[:, None, : q.shape[2]], ratios[:, None, padded(q.shape[2]) :][:, :, : k.shape[2]]
 
 
-def multiply(record: Record, x: Tensor, y: Tensor) -> Tensor:
-    """x · y of float32 ``(B, H, N)``."""
+def multiply(record: Record, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """x · y of float32 ``(B, H, N)``, or x, in padded rows."""
     B, H, N = x.shape
-    product = record.new_empty(x.shape, torch.float32)
-    arguments = dict(
-        x_ptr=x, x_strides=x.stride(), y_ptr=y, y_strides=y.stride(), product_ptr=product, heads=H, length=N, BLOCK=1024
-    )
+    product = record.new_empty((B, H, padded(N)), torch.float32)[:, :, :N]
+    arguments = dict(x_ptr=x, y_ptr=y, product_ptr=product, heads=H, length=N, padded=padded(N), BLOCK=1024)
+    for name, tensor in (("x", x), ("y", y)):
+        strides = (0, 0, 0) if tensor is None else tensor.stride()
+        arguments |= {f"{name}_{axis}": stride for axis, stride in zip(("batch", "head", "row"), strides, strict=True)}
     record.launch(multiply_kernel, (B * H, cdiv(N, 1024), 1), arguments)
     return product
 
@@ -290,9 +316,9 @@ def norm_ratios(
         exponent: p.
 
     Returns:
-        Float32 ``(B, N + M)``: the queries' and the keys'.
+        Float32, see ``ratios_shape``.
     """
-    ratios = record.new_empty((q.shape[0], q.shape[2] + k.shape[2]), torch.float32)
+    ratios = record.new_empty(ratios_shape(q, k), torch.float32)
     W = _width(q, _are_packed(q, k, encoding), exponent)
     arguments = dict(
         q_ptr=q, q_strides=q.stride(), k_ptr=k, k_strides=k.stride(), e_ptr=encoding,
@@ -321,8 +347,8 @@ def add_ratio_gradients(
         dq: The gradient ``(B, H, N, D)``.
         dk: ``(B, H, M, D)``, or None if it is not needed.
         dscale: Float32 ``(rows, H, D)``: terms of the scale's gradient, the last of which are to be written.
-        d_log_ratio: Gradient of the logarithms of the queries' ratios by head ``(B, H, N)``.
-        d_ratio: Gradient of the keys' ratios ``(B, H, M)``, or None.
+        d_log_ratio: Gradient of the logarithms of the queries' ratios by head ``(B, H, N)``, in padded rows.
+        d_ratio: Gradient of the keys' ratios ``(B, H, M)``, likewise, or None.
         q: ``(B, H, N, D)``.
         k: ``(B, H, M, D)``.
         encoding: ``(H, M, D)`` or None.
@@ -338,7 +364,7 @@ def add_ratio_gradients(
         W = _width(x, _are_packed(x, e, dx), exponent, gradient=True)
         arguments = dict(
             x_ptr=x, x_strides=x.stride(), e_ptr=e, e_strides=encoding_strides(e), dx_ptr=dx, dx_strides=dx.stride(),
-            dr_ptr=record.contiguous(dr), scale_ptr=scale, dscale_ptr=dscale[end - rows : end], length=x.shape[2],
+            dr_ptr=dr, scale_ptr=scale, dscale_ptr=dscale[end - rows : end], length=x.shape[2],
             LOG=log, HEADS=x.shape[1], BLOCK_H=power_of_two(x.shape[1]), W=W,
         )  # fmt: skip
         grid = _programs(x, x.shape[2], W, 4, record.device)

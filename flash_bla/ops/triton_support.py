@@ -34,11 +34,10 @@ PLAIN = (Tensor, torch.nn.Parameter)  # and no subclass that stands for somethin
 # Whether Triton's interpreter runs the kernels, on any device; Triton reads the variable when it is imported, too.
 INTERPRETING = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-# Lengths and counts are never specialised, nor is where the weights of tokens stand, which depends on them: a new
-# sequence length compiles nothing.
+# Lengths and counts are never specialised: a new sequence length compiles nothing. (Of tuples, as of strides, Triton
+# specialises all elements.)
 NOT_SPECIALIZED = [
     "length", "query_length", "key_length", "heads", "splits", "query_splits", "blocks", "padded", "kept", "programs",
-    "wq_ptr", "wq_strides", "wk_ptr", "wk_strides", "dwq_strides", "dwk_strides",
 ]  # fmt: skip
 
 
@@ -384,6 +383,11 @@ def is_hopper(device: torch.device) -> bool:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def padded(n: int) -> int:
+    """The length of rows of n numbers, whose strides and addresses are then multiples of 16, whatever n is."""
+    return 16 * cdiv(n, 16)
 
 
 def power_of_two(n: int) -> int:

@@ -26,10 +26,9 @@ def specialization(launch):
             key.append((name, value.dtype, name in ignored or starts[place] % 16 == 0))
         elif name[0].isupper() or value is None:  # a constant of compilation
             key.append((name, str(value)))
-        else:
-            of_value = [(type(x), name in ignored or (x == 1, isinstance(x, int) and x % 16 == 0))
-                        for x in (value if isinstance(value, tuple) else (value,))]  # fmt: skip
-            key.append((name, *of_value))
+        else:  # of tuples all elements count
+            values, every = (value, False) if isinstance(value, tuple) else ((value,), name in ignored)
+            key.append((name, *((type(x), every or (x == 1, isinstance(x, int) and x % 16 == 0)) for x in values)))
     return tuple(key)
 
 
