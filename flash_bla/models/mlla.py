@@ -9,7 +9,7 @@ from typing import Any
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, LayerNorm, Linear, apply_linear, convolve_and_norm
+from flash_bla.layers import DepthwiseConv, LayerNorm, Linear, apply_linear, apply_pair, convolve_and_norm
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
@@ -144,8 +144,8 @@ class MambaLikeBlock(Block):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
         y, x = convolve_and_norm(self.cpe1, self.norm1, x, grid)
-        gate = self.act_proj(y)
-        y = self.attn(self.dwc(self.in_proj(y), grid, activation="silu"), grid)
+        gate, y = apply_pair(self.act_proj, self.in_proj, y)
+        y = self.attn(self.dwc(y, grid, activation="silu"), grid)
         y = self.drop_path1(apply_linear(self.out_proj, y, gate=gate))
         y, x = convolve_and_norm(self.cpe2, self.norm2, x, grid, add=y)
         return x + self.drop_path2(self.mlp(y))

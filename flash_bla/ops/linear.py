@@ -13,6 +13,7 @@ from flash_bla.ops.triton_activations import (
     record_gradients,
     record_mlp_gradients,
     record_operands,
+    record_two_sums,
     scale_gradients,
 )
 from flash_bla.ops.triton_support import PLAIN, eager_function, is_eager, run
@@ -80,6 +81,16 @@ def mlp(
     if _is_mixed(x, weight1, backend) and _is_mixed(x, weight2, backend):
         return _MixedMlp.apply(x, weight1, bias1, weight2, bias2, autocast_dtype(x))
     return linear(linear(x, weight1, bias1, backend=backend), weight2, bias2, gelu=True, backend=backend)
+
+
+def linear_pair(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Two linear layers of one input, as one node of autograd where it can be: a product adds its two gradients."""
+    if _is_mixed(x, weight1, backend) and _is_mixed(x, weight2, backend):
+        return _MixedPair.apply(x, weight1, bias1, weight2, bias2, autocast_dtype(x))
+    return linear(x, weight1, bias1, backend=backend), linear(x, weight2, bias2, backend=backend)
 
 
 def _is_mixed(x: Tensor, weight: Tensor, backend: str | None) -> bool:
@@ -158,3 +169,25 @@ class _MixedMlp(torch.autograd.Function):
         d_hidden, activated, d_bias1, d_bias2 = run(record_mlp_gradients, inputs, (of_bias[0], of_bias[2]))
         dx = _to(torch.mm(d_hidden, w1).view(ctx.shape), ctx.type) if of_x else None
         return dx, _weight_gradient(d_hidden, x), d_bias1, _weight_gradient(dy, activated), d_bias2, None
+
+
+@eager_function
+class _MixedPair(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
+        ctx.type, ctx.shape = x.dtype, x.shape
+        x = _to(x, dtype).reshape(-1, x.shape[-1])
+        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,))
+        ctx.save_for_backward(x, w1, w2)
+        return tuple([_product(x, w, b).view(*ctx.shape[:-1], -1) for w, b in ((w1, b1), (w2, b2))])
+
+    @staticmethod
+    def backward(ctx, dy1, dy2):
+        x, w1, w2 = ctx.saved_tensors
+        of_x, _, of_bias1, _, of_bias2, _ = ctx.needs_input_grad
+        dy1, dy2 = dy1.reshape(-1, w1.shape[0]), dy2.reshape(-1, w2.shape[0])
+        dx = _to(torch.mm(dy1, w1).addmm_(dy2, w2).view(ctx.shape), ctx.type) if of_x else None
+        d_bias1 = d_bias2 = None
+        if of_bias1 or of_bias2:
+            d_bias1, d_bias2 = run(record_two_sums, (dy1 if of_bias1 else None, dy2 if of_bias2 else None))
+        return dx, _weight_gradient(dy1, x), d_bias1, _weight_gradient(dy2, x), d_bias2, None

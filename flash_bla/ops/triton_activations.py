@@ -31,9 +31,9 @@ def _store(base, at, length, value):
 @jit
 def cast_kernel(
     weight_ptr, w_ptr, bias_ptr, b_ptr, factor_ptr, rows, columns, weight2_ptr, w2_ptr, bias2_ptr, b2_ptr, rows2,
-    BLOCK: tl.constexpr,
+    columns2, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Copies in another type of weight (rows, columns) and bias, each row times its factor, and of (columns, rows)."""
+    """Copies in another type of weight (rows, columns) and bias, each row times its factor, and of another layer's."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     weight = _load(weight_ptr, at, rows * columns)
     if factor_ptr is not None:
@@ -45,7 +45,7 @@ def cast_kernel(
             bias *= _load(factor_ptr, at, rows)
         _store(b_ptr, at, rows, bias)
     if w2_ptr is not None:
-        _store(w2_ptr, at, rows2 * rows, _load(weight2_ptr, at, rows2 * rows))
+        _store(w2_ptr, at, rows2 * columns2, _load(weight2_ptr, at, rows2 * columns2))
     if b2_ptr is not None:
         _store(b2_ptr, at, rows2, _load(bias2_ptr, at, rows2))
 
@@ -119,7 +119,7 @@ def record_casts(
     copies = [None if x is None else record.new_empty(x.shape, dtype) for x in originals]
     rows, columns = weight.shape
     arguments = dict(factor_ptr=record.contiguous(factor), rows=rows, columns=columns, BLOCK=BLOCK)
-    arguments["rows2"] = 0 if weight2 is None else weight2.shape[0]
+    arguments["rows2"], arguments["columns2"] = (0, 0) if weight2 is None else weight2.shape
     names = (("weight", "w"), ("bias", "b"), ("weight2", "w2"), ("bias2", "b2"))
     for (name, copy_name), original, copy in zip(names, originals, copies, strict=True):
         arguments |= {f"{name}_ptr": record.contiguous(original), f"{copy_name}_ptr": copy}
@@ -135,6 +135,11 @@ def record_operands(
     """gelu(x) or x · silu(gate), None for x itself; weight and bias in another type, times a factor for each row."""
     w, b, *_ = record_casts(record, weight, bias, None, None, dtype, factor)
     return record_activation(record, x, gate, gelu), w, b
+
+
+def record_two_sums(record: Record, x: Tensor | None, y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The sums of the columns of two matrices."""
+    return tuple(None if z is None else column_sums(record, z) for z in (x, y))
 
 
 def record_mlp_gradients(

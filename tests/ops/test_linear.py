@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_bla.layers import Mlp
 from flash_bla.ops import linear
-from flash_bla.ops.linear import mlp
+from flash_bla.ops.linear import linear_pair, mlp
 from flash_bla.ops.triton_support import HAS_TRITON
 from tests.ops.cases import DEVICE
 
@@ -108,6 +108,29 @@ def test_mlp(backend, frozen, biases):
         results.append([y, *torch.autograd.grad(y, needed, dy.to(y.dtype))])
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape and (got.double() - want).norm() <= 2e-2 * want.norm()
+
+
+@pytest.mark.parametrize("frozen", [None, "x", "bias1", "bias"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pair(backend, frozen):
+    (x, weight1, bias1), dy1 = make_inputs((2, 50, 24), 40, torch.bfloat16)
+    (_, weight2, bias2), dy2 = make_inputs((2, 50, 24), 32, torch.bfloat16)
+    inputs = dict(x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    results = []
+    for dtype in (None, torch.float64):
+        leaves = {name: y.to(dtype or y.dtype).requires_grad_(frozen not in (name, name.rstrip("12")))
+                  for name, y in inputs.items()}  # fmt: skip
+        x, weight1, bias1, weight2, bias2 = leaves.values()
+        if dtype:
+            outputs = F.linear(x, weight1, bias1), F.linear(x, weight2, bias2)
+        else:
+            with torch.autocast(DEVICE, torch.bfloat16):
+                outputs = linear_pair(*leaves.values(), backend=backend)
+        needed = [z for z in leaves.values() if z.requires_grad]
+        gradients = [dy.to(y.dtype) for y, dy in zip(outputs, (dy1, dy2), strict=True)]
+        results.append([*outputs, *torch.autograd.grad(outputs, needed, gradients)])
+    for got, want in zip(*results, strict=True):
+        assert got.shape == want.shape and (got.double() - want).norm() <= 1e-2 * want.norm()
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
