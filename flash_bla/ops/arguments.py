@@ -62,6 +62,11 @@ def _kind(x: Tensor) -> str:
     return "cuda" if x.is_cuda else x.device.type  # the first takes a tenth of the second's time
 
 
+def convert(x: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    """x in a type; ``Tensor.to`` takes time even where there is nothing to do."""
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Where operations on x and its like keep their types."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_bla.ops.arguments import autocast_dtype, choose_backend, is_autocast
+from flash_bla.ops.arguments import autocast_dtype, choose_backend, convert, is_autocast
 from flash_bla.ops.silu_gate import check_gate, silu_gate
 from flash_bla.ops.triton_activations import (
     record_casts,
@@ -114,16 +114,12 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return torch.mm(dy.t(), x, out_dtype=torch.float32) if x.is_cuda else torch.mm(dy.t(), x).float()
 
 
-def _to(x: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return x if x is None or x.dtype == dtype else x.to(dtype)
-
-
 @eager_function
 class _Mixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, weight, bias, factor, gelu, split, dtype):
         ctx.types, ctx.shape, ctx.gelu = (x.dtype, None if gate is None else gate.dtype), x.shape, gelu
-        x, gate = _to(x, dtype).reshape(-1, x.shape[-1]), _to(gate, dtype)
+        x, gate = convert(x, dtype).reshape(-1, x.shape[-1]), convert(gate, dtype)
         activated, w, b = run(record_operands, (x, gate, weight, bias, factor), (gelu, dtype))
         ctx.save_for_backward(x, gate, w, *(() if factor is None else (weight, bias, factor)))
         y = _product(x if activated is None else activated, w, b)
@@ -145,8 +141,8 @@ class _Mixed(torch.autograd.Function):
         d_weight = _weight_gradient(dy, x)
         if scaled:
             d_factor = run(scale_gradients, (d_weight, d_bias, *scaled))
-        dx = None if dx is None else _to(dx.view(ctx.shape), ctx.types[0])
-        return dx, _to(d_gate, ctx.types[1]), d_weight, d_bias, d_factor, None, None, None
+        dx = None if dx is None else convert(dx.view(ctx.shape), ctx.types[0])
+        return dx, convert(d_gate, ctx.types[1]), d_weight, d_bias, d_factor, None, None, None
 
 
 @eager_function
@@ -154,7 +150,7 @@ class _MixedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
         ctx.type, ctx.shape = x.dtype, x.shape
-        x = _to(x, dtype).reshape(-1, x.shape[-1])
+        x = convert(x, dtype).reshape(-1, x.shape[-1])
         w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,))
         hidden = _product(x, w1, b1)
         ctx.save_for_backward(x, hidden, w1, w2)
@@ -167,7 +163,7 @@ class _MixedMlp(torch.autograd.Function):
         dy = dy.reshape(-1, w2.shape[0])
         inputs = dy, torch.mm(dy, w2), hidden
         d_hidden, activated, d_bias1, d_bias2 = run(record_mlp_gradients, inputs, (of_bias[0], of_bias[2]))
-        dx = _to(torch.mm(d_hidden, w1).view(ctx.shape), ctx.type) if of_x else None
+        dx = convert(torch.mm(d_hidden, w1).view(ctx.shape), ctx.type) if of_x else None
         return dx, _weight_gradient(d_hidden, x), d_bias1, _weight_gradient(dy, activated), d_bias2, None
 
 
@@ -176,7 +172,7 @@ class _MixedPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
         ctx.type, ctx.shape = x.dtype, x.shape
-        x = _to(x, dtype).reshape(-1, x.shape[-1])
+        x = convert(x, dtype).reshape(-1, x.shape[-1])
         w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,))
         ctx.save_for_backward(x, w1, w2)
         return tuple([_product(x, w, b).view(*ctx.shape[:-1], -1) for w, b in ((w1, b1), (w2, b2))])
@@ -186,7 +182,7 @@ class _MixedPair(torch.autograd.Function):
         x, w1, w2 = ctx.saved_tensors
         of_x, _, of_bias1, _, of_bias2, _ = ctx.needs_input_grad
         dy1, dy2 = dy1.reshape(-1, w1.shape[0]), dy2.reshape(-1, w2.shape[0])
-        dx = _to(torch.mm(dy1, w1).addmm_(dy2, w2).view(ctx.shape), ctx.type) if of_x else None
+        dx = convert(torch.mm(dy1, w1).addmm_(dy2, w2).view(ctx.shape), ctx.type) if of_x else None
         d_bias1 = d_bias2 = None
         if of_bias1 or of_bias2:
             d_bias1, d_bias2 = run(record_two_sums, (dy1 if of_bias1 else None, dy2 if of_bias2 else None))

@@ -11,17 +11,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flash_bla.ops import triton_single as single
-from flash_bla.ops.arguments import unpack
+from flash_bla.ops.arguments import convert, unpack
 from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
 from flash_bla.ops.triton_kernels import (
     backward_kernel,
     forward_kernel,
     key_gradient_kernel,
-    merge_kernel,
     output_kernel,
     query_gradient_kernel,
     query_sum_kernel,
-    reduce_kernel,
     state_kernel,
 )
 from flash_bla.ops.triton_norm_ratios import (
@@ -33,6 +31,7 @@ from flash_bla.ops.triton_norm_ratios import (
     ratios_shape,
     split_ratios,
 )
+from flash_bla.ops.triton_reductions import merge_states, reduce
 from flash_bla.ops.triton_signed import (
     signed_forward_kernel,
     signed_key_kernel,
@@ -51,7 +50,6 @@ from flash_bla.ops.triton_support import (
     is_hopper,
     multiprocessors,
     padded,
-    power_of_two,
     precision,
     run,
 )
@@ -265,34 +263,6 @@ def _fits(kernel, problem: _Problem) -> bool:
     return problem.short or programs >= enough * multiprocessors(problem.record.device)
 
 
-def _reduce(record: Record, partial: Tensor) -> Tensor:
-    """Adds up the first dimension, always in the same order."""
-    if partial.shape[0] == 1 or partial.numel() == 0:
-        return partial[0]
-    total = record.new_empty(partial.shape[1:], torch.float32)
-    splits = partial.shape[0]
-    rows, columns, warps = (4, 512, 4) if splits <= 8 else (16, 128, 4) if splits <= 64 else (1024, 8, 16)
-    arguments = dict(
-        partial_ptr=partial, sum_ptr=total, length=total.numel(), splits=splits, BLOCK=columns, SPLITS=rows
-    )
-    record.launch(reduce_kernel, (cdiv(total.numel(), columns), 1, 1), arguments, warps)
-    return total
-
-
-def _merge(partial: Tensor, query_sums: Tensor, p: _Problem) -> Tensor:
-    """The state of a softmax from those of its splits."""
-    state = p.new_empty(*partial.shape[1:])
-    rows, D = state.shape[-2:]
-    heads = state.numel() // (rows * D)
-    arguments = dict(
-        partial_ptr=partial, query_sum_ptr=query_sums, state_ptr=state, query_length=p.q.shape[2],
-        splits=partial.shape[0], query_splits=query_sums.shape[0], D=D, ROWS=rows, BLOCK_D=max(16, power_of_two(D)),
-        BLOCK=512, SPLITS=8,
-    )  # fmt: skip
-    p.record.launch(merge_kernel, (heads, cdiv((rows - 2) * D, 512), 1), arguments)
-    return state
-
-
 def _row_numbers(p: _Problem) -> dict:
     """Memory for the four numbers of each row of signed powers; its strides are multiples of 16 for any length."""
     B, H, N, _ = p.q.shape
@@ -347,7 +317,7 @@ def _record_output(record: Record, p: _Problem, keep_state: bool) -> tuple[Tenso
     splits = _split(sums, p, p.k.shape[2])
     state = p.empty_state(splits)
     _launch(sums, p, arguments | dict(state_ptr=state), splits)
-    state = _merge(state, query_sums, p) if p.softmax else _reduce(record, state)
+    state = merge_states(record, state, query_sums, p.q.shape[2]) if p.softmax else reduce(record, state)
     _launch(output, p, arguments | dict(state_ptr=state), _split(output, p, p.q.shape[2]))
     return o, state if keep_state and not p.sums_keys_again else None
 
@@ -380,7 +350,7 @@ def record_gradients(
         dwk = None if p.key_weight is None else dwk
     if da is not None:
         # of an empty batch there is no term
-        da = _reduce(record, da) if da.numel() else record.new_zeros(da.shape[1:], torch.float32)
+        da = reduce(record, da) if da.numel() else record.new_zeros(da.shape[1:], torch.float32)
     return *gradients, dqd, dkd, da, dwk
 
 
@@ -441,13 +411,13 @@ def _record_gradients(
         _launch(signed_sum_kernel, p, arguments, query_splits)
         _launch(signed_query_kernel, p, arguments, query_splits)
         if keys:
-            outputs = dict(d_state_ptr=_reduce(record, d_state), da_ptr=da_keys)
+            outputs = dict(d_state_ptr=reduce(record, d_state), da_ptr=da_keys)
             _launch(signed_key_kernel, p, arguments | outputs, key_splits)
         return *gradients, dqd, dkd, da, dwq, dwk
     apart = keys and p.softmax  # the queries' gradients come after those of the keys, whose weights depend on them
     _launch(query_gradient_kernel, p, arguments | dict(SUMS=keys, GRADIENT=not apart), query_splits)
     if keys:
-        outputs = dict(d_state_ptr=_reduce(record, d_state), da_ptr=da_queries if focusing else da_keys)
+        outputs = dict(d_state_ptr=reduce(record, d_state), da_ptr=da_queries if focusing else da_keys)
         _launch(key_gradient_kernel, p, arguments | outputs, key_splits)
     if apart:
         _launch(query_gradient_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
@@ -459,10 +429,7 @@ def _record_gradients(
 
 def in_type_of_keys(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The operator's inputs, the keys' encoding in the type of the keys: its gradient is in that which it came in."""
-    encoding = tensors[7]
-    if encoding is None or encoding.dtype == tensors[0].dtype:
-        return tensors
-    return *tensors[:7], encoding.to(tensors[0].dtype), *tensors[8:]
+    return *tensors[:7], convert(tensors[7], tensors[0].dtype), *tensors[8:]
 
 
 SCHEMA = """
@@ -595,18 +562,13 @@ def operator_arguments(
 ) -> tuple[tuple[Tensor | None, ...], tuple]:
     """Tensors and options of the forward operator, from checked arguments."""
     if rope is not None:  # bfloat16 needs no more than float16, and reads less
-        rope = _to(rope, torch.float16 if q.dtype == torch.bfloat16 else torch.float32)
-    parameter = None if feature_map.parameter is None else _to(feature_map.parameter, torch.float32)
-    softmax = isinstance(key_weight, str)
-    key_weight = None if key_weight is None or softmax else _to(key_weight, torch.float32)
+        rope = convert(rope, torch.float16 if q.dtype == torch.bfloat16 else torch.float32)
+    parameter, softmax = convert(feature_map.parameter, torch.float32), isinstance(key_weight, str)
+    key_weight = None if softmax else convert(key_weight, torch.float32)
     scale = None if scale is None else float(scale)
     tensors = q, k, v, q_denominator, k_denominator, parameter, key_weight, key_encoding, rope, cu_seqlens
     options = max_seqlen or 0, feature_map.name, feature_map.exponent, normalize, scale, float(eps), softmax
     return tensors, options
-
-
-def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def linear_attention(
