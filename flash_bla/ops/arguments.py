@@ -14,13 +14,10 @@ from flash_bla.tracing import is_exporting
 BACKENDS = ("reference", "triton")
 _CAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast casts
 DTYPES = (*_CAST, torch.float64)
-_VARIABLE = os.environ.encodekey("FLASH_BLA_BACKEND")
 
 
 def choose_backend(backend: str | None, q: Tensor) -> str:
-    if not backend:
-        # at once: a lookup by os.environ.get takes as long as an operation on tensors
-        backend = (os.environ["FLASH_BLA_BACKEND"] or None) if _VARIABLE in os.environ._data else None
+    backend = backend or os.environ.get("FLASH_BLA_BACKEND") or None
     if backend not in (None, *BACKENDS):
         raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
     if is_exporting():

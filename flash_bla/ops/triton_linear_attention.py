@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flash_bla.ops import triton_single as single
 from flash_bla.ops.arguments import convert, unpack
-from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS, FeatureMap
+from flash_bla.ops.feature_maps import FeatureMap
 from flash_bla.ops.triton_kernels import (
     backward_kernel,
     forward_kernel,
@@ -24,13 +24,12 @@ from flash_bla.ops.triton_kernels import (
 )
 from flash_bla.ops.triton_norm_ratios import (
     add_ratio_gradients,
-    encoding_strides,
     multiply,
     norm_ratios,
     ratio_gradient_programs,
-    ratios_shape,
     split_ratios,
 )
+from flash_bla.ops.triton_problem import Problem, is_wide, with_strides
 from flash_bla.ops.triton_reductions import merge_states, reduce
 from flash_bla.ops.triton_signed import (
     signed_forward_kernel,
@@ -47,188 +46,15 @@ from flash_bla.ops.triton_support import (
     define_operator,
     eager_function,
     is_eager,
-    is_hopper,
     multiprocessors,
-    padded,
-    precision,
     run,
 )
-from flash_bla.ops.triton_tiles import Config
-from flash_bla.ops.triton_tuning import Tuning, plan, widest_values
+from flash_bla.ops.triton_tuning import widest_values
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-class _Problem(NamedTuple):
-    """What the launches of both directions share. Without a record it is for the shapes of outputs alone."""
-
-    record: Record | None
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    q_denominator: Tensor | None
-    k_denominator: Tensor | None
-    parameter: Tensor | None
-    key_weight: Tensor | None
-    key_encoding: Tensor | None  # (H, M, D)
-    rope: Tensor | None
-    cu_seqlens: Tensor | None
-    max_seqlen: int
-    feature_map: str
-    exponent: int
-    normalize: bool
-    scale: float | None
-    eps: float
-    softmax: bool
-    query_weight: Tensor | None = None
-
-    @property
-    def signs(self) -> int:
-        return 2 if self.feature_map == "signed_power" else 1
-
-    @property
-    def sequences(self) -> int:
-        return self.q.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    @property
-    def longest(self) -> int:
-        return max(self.q.shape[2], self.k.shape[2])
-
-    @property
-    def short(self) -> bool:
-        """Whether a sequence is too short to be split, where one launch can do all."""
-        return self.cu_seqlens is None and self.longest <= 4 * self.q.shape[3]
-
-    @property
-    def sums_keys_again(self) -> bool:
-        """Whether the backward pass does: the state would be about as large as keys and values are."""
-        return self.short and not self.softmax and self.longest <= 2 * self.q.shape[3]
-
-    @property
-    def single(self) -> bool:
-        """Whether the kernels for sequences of one tile do all that is asked for."""
-        return (
-            self.sums_keys_again and self.longest <= 64 and max(self.q.shape[3], self.v.shape[3]) <= 64
-            and self.q.dtype == torch.bfloat16 and self.normalize and self.q_denominator is None
-        )  # fmt: skip
-
-    @property
-    def plain(self) -> bool:
-        """Whether the loops of triton_plain.py do all that is asked for."""
-        others = self.q_denominator, self.parameter, self.key_weight, self.rope
-        return self.q.dtype == torch.bfloat16 and not self.softmax and all(x is None for x in others)
-
-    def new_empty(self, *shape: int) -> Tensor:
-        return (self.record or self.q).new_empty(shape, dtype=torch.float32)
-
-    def empty_state(self, splits: int) -> Tensor:
-        """S, z as its next row, and of a softmax two more, for each split."""
-        _, H, _, D = self.q.shape
-        rows = self.v.shape[3] + (3 if self.softmax else 1)
-        return self.new_empty(splits, self.sequences, H, self.signs, rows, D)
-
-    def saved_state(self) -> Tensor | None:
-        """What the forward pass leaves for the backward pass."""
-        return None if self.sums_keys_again else self.empty_state(1)[0]
-
-    def empty_ratios(self) -> Tensor | None:
-        """The norm ratios of queries and keys, beside each other."""
-        if self.feature_map != "focusing_power":
-            return None
-        return self.new_empty(*ratios_shape(self.q, self.k))
-
-    def with_ratios(self, ratios: Tensor | None) -> _Problem:
-        """The norm ratios are weights of queries and keys, and multiply other weights of the keys."""
-        if ratios is None:
-            return self
-        query_weight, key_weight = (x.expand(-1, self.q.shape[1], -1) for x in split_ratios(ratios, self.q, self.k))
-        if self.key_weight is not None:
-            key_weight = multiply(self.record, self.key_weight, key_weight)
-        return self._replace(query_weight=query_weight, key_weight=key_weight)
-
-    def empty_output(self) -> Tensor:
-        B, H, N, _ = self.q.shape
-        # laid out as (B, N, H, Dv), which the projection after an attention reads without a copy
-        return self._empty((B, N, H, self.v.shape[3]), self.v.dtype).transpose(1, 2)
-
-    def empty_like(self, x: Tensor | None) -> Tensor | None:
-        """A gradient of x, also laid out as (B, N, H, D); of a packed one as it is packed."""
-        if x is None or x.ndim != 4:
-            return None if x is None else self._empty(x.shape, x.dtype)
-        return self._empty(x.transpose(1, 2).shape, x.dtype).transpose(1, 2)
-
-    def empty_weights(self, like: Tensor | None) -> Tensor | None:
-        """A gradient of weights of tokens ``(B, H, N)``, in padded rows."""
-        if like is None:
-            return None
-        B, H, N = like.shape
-        return self._empty((B, H, padded(N)), torch.float32)[:, :, :N]
-
-    def _empty(self, shape, dtype: torch.dtype) -> Tensor:
-        memory = self.record or self.q
-        # packed tokens that belong to no sequence must not come out as garbage
-        return (memory.new_empty if self.cu_seqlens is None else memory.new_zeros)(shape, dtype=dtype)
-
-    def plan(self, kernel) -> tuple[Config, Tuning]:
-        _, H, _, D = self.q.shape
-        flags = (
-            self.exponent, self.signs == 2, self.parameter is not None, self.normalize,
-            self.normalize and self.rope is None and self.q_denominator is None, self.rope is not None,
-            self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None, self.softmax,
-            self.cu_seqlens is not None, self.scale is None,
-            self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
-            any(_is_wide(x) for x in (self.q, self.k, self.v)), self.align, self.plain,
-        )  # fmt: skip
-        return plan(kernel, D, self.v.shape[3], H, self.q.dtype, is_hopper(self.record.device), flags)
-
-    @property
-    def align(self) -> int:
-        """What divides all strides but the columns'; those of outputs and of rotary tables are multiples of widths."""
-        inputs = (self.q, self.k, self.v, self.q_denominator, self.k_denominator, self.key_encoding)
-        inputs = [x for x in inputs if x is not None]
-        return gcd(16, self.q.shape[3], self.v.shape[3], *(stride for x in inputs for stride in x.stride()[:-1]))
-
-    def programs(self, C: Config) -> int:
-        return self.sequences * cdiv(self.q.shape[1], C.GROUP)
-
-    def arguments(self) -> dict:
-        """The arguments of the kernels that stand for inputs."""
-        phi, phi_rounded, phi_dx, phi_da, pad = TRITON_FEATURE_MAPS[self.feature_map]
-        tensors = dict(
-            q=self.q, k=self.k, v=self.v, qd=self.q_denominator, kd=self.k_denominator, wq=self.query_weight,
-            wk=self.key_weight,
-        )  # fmt: skip
-        return _with_strides(tensors) | dict(
-            e_ptr=self.key_encoding, e_strides=encoding_strides(self.key_encoding), a_ptr=self.parameter,
-            rope_ptr=self.rope, rope_strides=_rope_strides(self.rope), cu_seqlens=self.cu_seqlens, query_sum_ptr=None,
-            query_splits=0, query_length=self.q.shape[2], key_length=self.k.shape[2], heads=self.q.shape[1],
-            scale=self.scale or 0.0, eps=self.eps, PHI=phi, PHI_ROUNDED=phi_rounded, PHI_DX=phi_dx, PHI_DA=phi_da,
-            PAD=pad, **precision(self.q.dtype),
-        )  # fmt: skip
-
-
-def _is_wide(x: Tensor) -> bool:
-    """Whether offsets in a tile, of up to 64 rows and 4 heads, do not fit into 32 bits."""
-    _, head, row, column = x.stride()
-    return 4 * head + 64 * row + x.shape[3] * column >= 1 << 31
-
-
-def _with_strides(tensors: dict[str, Tensor | None]) -> dict:
-    arguments = {}
-    for name, x in tensors.items():
-        arguments[f"{name}_ptr"] = x
-        arguments[f"{name}_strides"] = (0, 0, 0, 0) if x is None else x.stride()
-    return arguments
-
-
-def _rope_strides(table: Tensor | None) -> tuple[int, int, int, int]:
-    """As of a tensor whose columns are cosines and sines by turns."""
-    if table is None:
-        return (0, 0, 0, 0)
-    return (0, 0 if table.shape[0] == 1 else table.stride(0), table.stride(1), 1)
-
-
-def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None:
+def _launch(kernel, problem: Problem, arguments: dict, splits: int = 1) -> None:
     C, tuning = problem.plan(kernel)
     programs = problem.programs(C)
     if programs > 0:
@@ -240,7 +66,7 @@ def _launch(kernel, problem: _Problem, arguments: dict, splits: int = 1) -> None
         problem.record.launch(kernel, grid, arguments, tuning.warps, num_stages, tuning.maxnreg)
 
 
-def _split(kernel, problem: _Problem, length: int) -> int:
+def _split(kernel, problem: Problem, length: int) -> int:
     """Into how many parts to cut sequences so that a kernel's programs fill all multiprocessors once."""
     C, tuning = problem.plan(kernel)
     if problem.cu_seqlens is not None:
@@ -249,7 +75,7 @@ def _split(kernel, problem: _Problem, length: int) -> int:
     return max(1, min(places // max(problem.programs(C), 1), cdiv(length, C.BLOCK_N), 65535))
 
 
-def _fits(kernel, problem: _Problem) -> bool:
+def _fits(kernel, problem: Problem) -> bool:
     """Whether one launch, with a program for each sequence, is fastest: work enough for all, and not too much code."""
     if problem.signs == 2:
         narrow = max(problem.q.shape[3], problem.v.shape[3]) <= 64
@@ -263,14 +89,14 @@ def _fits(kernel, problem: _Problem) -> bool:
     return problem.short or programs >= enough * multiprocessors(problem.record.device)
 
 
-def _row_numbers(p: _Problem) -> dict:
+def _row_numbers(p: Problem) -> dict:
     """Memory for the four numbers of each row of signed powers; its strides are multiples of 16 for any length."""
     B, H, N, _ = p.q.shape
     rows = 16 * cdiv(N, 16)
     return dict(rows_ptr=p.new_empty(4, B, H, rows), rows_strides=(H * rows, rows, 1, B * H * rows))
 
 
-def _start(record: Record, tensors: Sequence[Tensor | None], options: tuple) -> tuple[_Problem, tuple]:
+def _start(record: Record, tensors: Sequence[Tensor | None], options: tuple) -> tuple[Problem, tuple]:
     """The problem without norm ratios, and its inputs q, k, v, which may be packed."""
     inputs, others = tensors[:3], list(tensors[3:])
     others[2], others[5] = record.contiguous(others[2]), record.contiguous(others[5])  # the parameter and rope
@@ -278,7 +104,7 @@ def _start(record: Record, tensors: Sequence[Tensor | None], options: tuple) -> 
     if weight is not None:
         shared = weight.stride(1) == 0  # by the heads
         others[3] = multiply(record, weight[:, :1] if shared else weight).expand(weight.shape)
-    return _Problem(record, *unpack(*inputs), *others, *options), inputs
+    return Problem(record, *unpack(*inputs), *others, *options), inputs
 
 
 def record_forward(record: Record, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -296,9 +122,9 @@ def record_forward(record: Record, *arguments: Any) -> tuple[Tensor, Tensor | No
     return *_record_output(record, p, keep_state), ratios
 
 
-def _record_output(record: Record, p: _Problem, keep_state: bool) -> tuple[Tensor, Tensor | None]:
+def _record_output(record: Record, p: Problem, keep_state: bool) -> tuple[Tensor, Tensor | None]:
     o = p.empty_output()
-    arguments = p.arguments() | _with_strides(dict(o=o))
+    arguments = p.arguments() | with_strides(dict(o=o))
     if p.single:
         plain = p.plain and p.key_encoding is None
         _launch(single.plain_single_forward_kernel if plain else single.single_forward_kernel, p, arguments)
@@ -355,7 +181,7 @@ def record_gradients(
 
 
 def _record_gradients(
-    record: Record, do: Tensor, packed: Tensor | None, state: Tensor | None, p: _Problem,
+    record: Record, do: Tensor, packed: Tensor | None, state: Tensor | None, p: Problem,
     inputs: Sequence[Tensor | None], keys: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of q, k, v and denominators, terms of the parameter's, and gradients of the queries' and keys' weights.
@@ -363,7 +189,7 @@ def _record_gradients(
     Of the parameter's terms (terms, H, D) ``add_ratio_gradients`` is to write the last, where there are norm ratios.
     """
     q, k, v, parameter = p.q, p.k, p.v, p.parameter
-    if _is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align:  # its strides are no part of the plan
+    if is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align:  # its strides are no part of the plan
         do = record.contiguous(do)
     if packed is None:
         gradients = [p.empty_like(x) for x in (inputs if keys else (q, None, None))]
@@ -374,7 +200,7 @@ def _record_gradients(
     dkd, dwk = (None, None) if not keys else (p.empty_like(p.k_denominator), p.empty_weights(p.key_weight))
     focusing = p.query_weight is not None
     dwq = p.empty_weights(p.query_weight)
-    arguments = p.arguments() | _with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
+    arguments = p.arguments() | with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
     whole = p.single or keys and _fits(backward_kernel, p)
     signed = p.signs == 2
@@ -445,7 +271,7 @@ def _forward_operator(*arguments) -> tuple[Tensor, ...]:
 
 
 def _fake_forward(*arguments) -> tuple[Tensor, ...]:
-    p = _Problem(None, *unpack(*arguments[:3]), *arguments[3:])
+    p = Problem(None, *unpack(*arguments[:3]), *arguments[3:])
     return as_outputs((p.empty_output(), p.saved_state(), p.empty_ratios()), p.q)
 
 
@@ -457,7 +283,7 @@ def _backward_operator(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *a
 
 def _fake_backward(do: Tensor, state: Tensor, ratios: Tensor, keys: bool, *arguments) -> tuple[Tensor, ...]:
     q, k, v, *others = arguments
-    p = _Problem(None, *unpack(q, k, v), *others)
+    p = Problem(None, *unpack(q, k, v), *others)
     dk, dv, dkd = (p.empty_like(x if keys else None) for x in (k, v, p.k_denominator))
     of_queries = p.empty_like(q), p.empty_like(p.q_denominator)
     dwk = p.empty_weights(p.key_weight if keys else None)
