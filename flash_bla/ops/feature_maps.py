@@ -156,6 +156,16 @@ def _elu1_dx(x, phi, a, P: tl.constexpr, factor=None):
         return tl.minimum(phi, factor)
 
 
+@jit
+def _elu1_in_loops(x, a, P: tl.constexpr):
+    return tl.maximum(x, 0.0) + tl.exp2(tl.minimum(x * 1.4426950408889634, 0.0))
+
+
+@jit
+def _elu1_in_loops_dx(x, phi, a, P: tl.constexpr):
+    return tl.minimum(phi, 1.0)
+
+
 # --- focusing power (the Triton functions give (scale u)ᵖ; the kernels bring in the scale and the norm ratio) ---------
 
 
@@ -259,4 +269,8 @@ TRITON_FEATURE_MAPS = {
     "elu1": (_elu1_triton, _elu1_rounded_nvidia if NVIDIA else _rounded, _elu1_dx, _elu1_dx, -1e4),
     "focusing_power": (_focusing_power_triton, _rounded, _focusing_power_dx, _focusing_power_dx, 0.0),
     "signed_power": (_signed_power_triton, _rounded, _signed_power_dx, _signed_power_da, 0.0),
+}
+# What the loops of triton_loops.py take: there this form of elu + 1 is up to 9 % faster, for RALA's gradients.
+LOOP_FEATURE_MAPS = TRITON_FEATURE_MAPS | {
+    "elu1": (_elu1_in_loops, _rounded, _elu1_in_loops_dx, _elu1_in_loops_dx, -1e4)
 }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_bla.ops.feature_maps import TRITON_FEATURE_MAPS
+from flash_bla.ops.feature_maps import LOOP_FEATURE_MAPS, TRITON_FEATURE_MAPS
 from flash_bla.ops.triton_norm_ratios import encoding_strides, multiply, ratios_shape, split_ratios
 from flash_bla.ops.triton_support import Record, cdiv, is_hopper, padded, precision
 from flash_bla.ops.triton_tiles import Config
@@ -149,7 +149,8 @@ class Problem(NamedTuple):
 
     def arguments(self) -> dict:
         """The arguments of the kernels that stand for inputs."""
-        phi, phi_rounded, phi_dx, phi_da, pad = TRITON_FEATURE_MAPS[self.feature_map]
+        maps = TRITON_FEATURE_MAPS if self.plain or self.single else LOOP_FEATURE_MAPS
+        phi, phi_rounded, phi_dx, phi_da, pad = maps[self.feature_map]
         tensors = dict(
             q=self.q, k=self.k, v=self.v, qd=self.q_denominator, kd=self.k_denominator, wq=self.query_weight,
             wk=self.key_weight,
