@@ -289,7 +289,7 @@ def _recorded_operators(attention: nn.Module) -> Iterator[list[tuple[Tensor, Ten
 
         def call(qkv, *_, v=None, **options):
             q, k, *others = qkv.transpose(1, 3).unbind(2)
-            o = attend(q, k, others[0] if v is None else split_heads(v, qkv), **options).transpose(1, 2)
+            o = attend(q, k, others[0] if v is None else split_heads(v, qkv.shape[3]), **options).transpose(1, 2)
             return o.flatten(2) if operator is linear_attention_dwc else o  # what the convolution adds plays no part
 
         return call

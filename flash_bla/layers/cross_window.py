@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.dense import Linear
-from flash_bla.layers.tokens import head_width, split_heads
+from flash_bla.layers.tokens import head_width
 from flash_bla.layers.window import merge_windows, split_windows, whole_grid
-from flash_bla.ops.arguments import merge_heads
+from flash_bla.ops.arguments import merge_heads, split_heads
 
 
 @register_attention("cross_window")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flash_bla.layers.tokens import head_width, split_heads
+from flash_bla.layers.tokens import head_width
 from flash_bla.ops import add_layer_norm, linear_attention
-from flash_bla.ops.arguments import merge_heads
+from flash_bla.ops.arguments import merge_heads, split_heads
 
 
 class GeneralizedLinearAttention(nn.Module):

@@ -15,11 +15,6 @@ def head_width(dim: int, num_heads: int, multiple_of: int = 1) -> int:
     return width
 
 
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """``(B, N, C)`` to ``(B, H, N, C/H)``, a view."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
 def count_prefix_tokens(x: Tensor, grid: tuple[int, int]) -> int:
     """How many of the tokens ``(B, N, C)`` stand before those of the grid, as class and register tokens do."""
     height, width = grid

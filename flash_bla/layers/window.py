@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.dense import Linear
 from flash_bla.layers.position import resample_encoding, resample_entry
-from flash_bla.layers.tokens import count_prefix_tokens, head_width, split_heads
-from flash_bla.ops.arguments import autocast_dtype, merge_heads
+from flash_bla.layers.tokens import count_prefix_tokens, head_width
+from flash_bla.ops.arguments import autocast_dtype, merge_heads, split_heads
 from flash_bla.ops.triton_support import is_eager
 from flash_bla.tracing import is_exporting
 

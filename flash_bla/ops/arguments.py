@@ -93,9 +93,9 @@ def unpack_gate(q: Tensor) -> Tensor | None:
     return q[:, :, 3].flatten(2) if q.ndim == 5 and q.shape[2] == 4 else None
 
 
-def split_heads(v: Tensor, q: Tensor) -> Tensor:
-    """``(B, N, H·D)`` to ``(B, H, N, D)``, with the heads of a packed q."""
-    return v.unflatten(2, (q.shape[3], -1)).transpose(1, 2)
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """``(B, N, H·D)`` to ``(B, H, N, D)``, a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:

@@ -91,6 +91,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, ds):
+        if dy is None and ds is None:
+            return (None,) * 8
         of_x, of_add, *needed, _, _ = ctx.needs_input_grad
         options = *ctx.options, (needed[0], needed[1]), needed[2] or needed[3]
         dz, *gradients = run(record_backward, (dy, ds, *ctx.saved_tensors), options)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_bla.ops.arguments import autocast_dtype, choose_backend, convert, is_autocast
+from flash_bla.ops.arguments import autocast_dtype, choose_backend, convert, expect, is_autocast
 from flash_bla.ops.silu_gate import check_gate, silu_gate
 from flash_bla.ops.triton_activations import (
     record_casts,
@@ -53,12 +53,14 @@ def linear(
         ``(..., D)`` or ``(..., *split)``, under autocast in its type.
 
     Raises:
-        ValueError: A gate whose shape or device does not fit, or with ``gelu``.
+        ValueError: A gate whose shape or device does not fit, or with ``gelu``; a factor or bias of another size.
     """
     if gate is not None:
         check_gate(x, gate)
         if gelu:
             raise ValueError("gelu and gate exclude each other")
+    if factor is not None and factor.numel() != weight.shape[0]:
+        raise ValueError(f"factor must have D = {weight.shape[0]} elements, got shape {tuple(factor.shape)}")
     if _is_mixed(x, weight, backend):
         return _Mixed.apply(x, gate, weight, bias, factor, gelu, split, autocast_dtype(x))
     if gate is not None:
@@ -110,6 +112,28 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
+def _check_bias(weight: Tensor, bias: Tensor | None) -> None:
+    if bias is not None:
+        expect("bias", bias, (weight.shape[0],), "(D,) of weight")
+
+
+def _check_layer(x, gate, weight, bias, *_) -> None:
+    _check_bias(weight, bias)
+
+
+def _check_layers(weight1, bias1, weight2, bias2, *_) -> None:
+    _check_bias(weight1, bias1)
+    _check_bias(weight2, bias2)
+
+
+def _unflatten(y: Tensor, shape: tuple[int, ...], split: tuple[int, ...] = ()) -> Tensor:
+    """Rows in the place of those of ``(..., C)``, split."""
+    if -1 in split and not y.numel():  # of nothing no size can be inferred
+        split = y.new_empty(y.shape[1]).unflatten(0, split).shape
+    # unlike a view, it may be changed in place
+    return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], *(split or y.shape[1:])))
+
+
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return torch.mm(dy.t(), x, out_dtype=torch.float32) if x.is_cuda else torch.mm(dy.t(), x).float()
 
@@ -120,10 +144,10 @@ class _Mixed(torch.autograd.Function):
     def forward(ctx, x, gate, weight, bias, factor, gelu, split, dtype):
         ctx.types, ctx.shape, ctx.gelu = (x.dtype, None if gate is None else gate.dtype), x.shape, gelu
         x, gate = convert(x, dtype).reshape(-1, x.shape[-1]), convert(gate, dtype)
-        activated, w, b = run(record_operands, (x, gate, weight, bias, factor), (gelu, dtype))
+        activated, w, b = run(record_operands, (x, gate, weight, bias, factor), (gelu, dtype), _check_layer)
         ctx.save_for_backward(x, gate, w, *(() if factor is None else (weight, bias, factor)))
         y = _product(x if activated is None else activated, w, b)
-        return y.view(*ctx.shape[:-1], *(split or (-1,)))
+        return _unflatten(y, ctx.shape, split)
 
     @staticmethod
     def backward(ctx, dy):
@@ -151,10 +175,10 @@ class _MixedMlp(torch.autograd.Function):
     def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
         ctx.type, ctx.shape = x.dtype, x.shape
         x = convert(x, dtype).reshape(-1, x.shape[-1])
-        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,))
+        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,), _check_layers)
         hidden = _product(x, w1, b1)
         ctx.save_for_backward(x, hidden, w1, w2)
-        return _product(F.gelu(hidden), w2, b2).view(*ctx.shape[:-1], -1)
+        return _unflatten(_product(F.gelu(hidden), w2, b2), ctx.shape)
 
     @staticmethod
     def backward(ctx, dy):
@@ -173,9 +197,9 @@ class _MixedPair(torch.autograd.Function):
     def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
         ctx.type, ctx.shape = x.dtype, x.shape
         x = convert(x, dtype).reshape(-1, x.shape[-1])
-        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,))
+        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,), _check_layers)
         ctx.save_for_backward(x, w1, w2)
-        return tuple([_product(x, w, b).view(*ctx.shape[:-1], -1) for w, b in ((w1, b1), (w2, b2))])
+        return tuple([_unflatten(_product(x, w, b), ctx.shape) for w, b in ((w1, b1), (w2, b2))])
 
     @staticmethod
     def backward(ctx, dy1, dy2):

@@ -276,6 +276,9 @@ def _attend(
     ``dwc`` are grid, filters and bias of a convolution beside it; values beside a packed q are then ``(B, N, H·Dv)``.
     """
     feature_map = resolve_feature_map(feature_map)
+    weighted = key_weight is not None and not isinstance(key_weight, str)
+    if isinstance(key_weight, str) and key_weight != "softmax":  # here: what is met before does not tell strings apart
+        raise ValueError(f'key_weight must be a tensor, "softmax" or None, got {key_weight!r}')
 
     def check(*_) -> None:
         check_shapes(q, k, v)
@@ -283,11 +286,8 @@ def _attend(
         _check_feature_map(feature_map, q, H, D, D_v, rope)
         if feature_map.signed and not normalize:
             raise ValueError("normalize=False is not defined for signed_power")
-        if isinstance(key_weight, str):
-            if key_weight != "softmax":
-                raise ValueError(f'key_weight must be a tensor, "softmax" or None, got {key_weight!r}')
-            if feature_map.parameter is not None:
-                raise ValueError(f'key_weight="softmax" is not defined for {feature_map.name}')
+        if isinstance(key_weight, str) and feature_map.parameter is not None:
+            raise ValueError(f'key_weight="softmax" is not defined for {feature_map.name}')
         if rope is not None:
             _check_rope(rope, q, H, N, M, D)
 
@@ -297,9 +297,9 @@ def _attend(
             check()
         arguments = dict(key_weight=key_weight, key_encoding=key_encoding, rope=rope, normalize=normalize, scale=scale,
                          eps=eps)  # fmt: skip
-        if isinstance(key_weight, Tensor) or key_encoding is not None:
+        if weighted or key_encoding is not None:
             B, H, _, M, D, _ = _sizes(q, k, v)
-            if isinstance(key_weight, Tensor):
+            if weighted:
                 arguments["key_weight"] = _expand("key_weight", key_weight, q, (B, H, M), "(B, H, M)")
             if key_encoding is not None:
                 arguments["key_encoding"] = _expand("key_encoding", key_encoding, q, (H, M, D), "(H, M, D)")
@@ -330,7 +330,7 @@ def _run(q, k, v, feature_map, backend, dwc=None, **arguments) -> Tensor:
         return linear_attention_reference(*unpack(q, k, v), feature_map, **arguments)
     grid, weight, bias = dwc
     gate = unpack_gate(q)
-    q, k, v = unpack(q, k, None if v is None else split_heads(v, q))
+    q, k, v = unpack(q, k, None if v is None else split_heads(v, q.shape[3]))
     o = linear_attention_reference(q, k, v, feature_map, **arguments)
     return depthwise_conv_reference(merge_heads(v), weight, bias, merge_heads(o), gate, *grid, 1, False, None, None)
 

@@ -31,7 +31,7 @@ def _start(record: Record, q: Tensor, v: Tensor | None) -> tuple[Tensor, Tensor 
     if v is None:
         return q, None, merge_heads(unpack(q, None, None)[2]), unpack_gate(q)
     v = v if v.stride(2) == 1 else record.contiguous(v)
-    return q, split_heads(v, q), v, unpack_gate(q)
+    return q, split_heads(v, q.shape[3]), v, unpack_gate(q)
 
 
 def record_forward(
@@ -81,7 +81,7 @@ def _forward_operator(weight, bias, height, width, *arguments) -> tuple[Tensor, 
 
 
 def _fake_forward(weight, bias, height, width, q, k, v, *others) -> tuple[Tensor, ...]:
-    o, state, ratios = attention._fake_forward(q, k, None if v is None else split_heads(v, q), *others)
+    o, state, ratios = attention._fake_forward(q, k, None if v is None else split_heads(v, q.shape[3]), *others)
     y = merge_heads(torch.empty_like(o))
     return as_outputs((y, None if unpack_gate(q) is None else o, state, ratios), weight)
 
@@ -96,7 +96,7 @@ def _backward_operator(dy, o, state, ratios, needed, weight, bias, height, width
 def _fake_backward(dy, o, state, ratios, needed, weight, bias, height, width, q, k, v, *others) -> tuple[Tensor, ...]:
     d_weight = weight.new_empty(weight.shape) if needed[0] else None
     d_bias = bias.new_empty(bias.shape) if bias is not None and needed[1] else None
-    values, dv = (None, None) if v is None else (split_heads(v, q), v.new_empty(v.shape))
+    values, dv = (None, None) if v is None else (split_heads(v, q.shape[3]), v.new_empty(v.shape))
     dq, dk, _, *others = attention._fake_backward(dy, state, ratios, True, q, k, values, *others)
     return as_outputs((d_weight, d_bias, dq, dk, dv, *others), dy)
 
@@ -175,7 +175,7 @@ def linear_attention_dwc(
     eager = check is not None or is_eager(q)
     signs = 2 if feature_map.signed else 1
     if (q.shape[4] if v is None else v.shape[2] // q.shape[3]) > widest_values(q, signs):  # the attention cuts them
-        v = None if v is None else split_heads(v, q)
+        v = None if v is None else split_heads(v, q.shape[3])
         o = attention.linear_attention(q, None, v, feature_map, check, **arguments)
         values = merge_heads(unpack(q, None, v)[2])
         arguments = values, weight, bias, merge_heads(o), unpack_gate(q), *grid, *NO_EXTRAS

@@ -84,7 +84,7 @@ def record_rotation_gradient(
     """The gradient ``(B, N, 4, H, D)`` from those of what ``rotate_packed`` gives."""
     B, H, N, D = dq.shape
     gradient = record.new_empty((B, N, 4, H, D), dq.dtype)
-    d_values, d_gate = (split_heads(record.contiguous(x), gradient) for x in (d_values, d_gate))
+    d_values, d_gate = (split_heads(record.contiguous(x), gradient.shape[3]) for x in (d_values, d_gate))
     new = list(gradient.permute(2, 0, 3, 1, 4).unbind(0))
     _launch(record, record.contiguous(rope), -1, [dq, dk, dv, d_values, d_gate], new)
     return gradient

@@ -142,3 +142,20 @@ def test_hooks_of_a_linear_layer_see_what_is_multiplied():
     mlp.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     mlp(x)
     torch.testing.assert_close(*seen, F.gelu(mlp.fc1(x)))
+
+
+@pytest.mark.parametrize("around", ["offloaded", "global hook"])
+def test_what_is_put_around_a_linear_layer_is_called(around, monkeypatch):
+    mlp, seen = Mlp(8, 16), []
+    x = torch.randn(2, 5, 8)
+    expected = mlp(x)
+    see = lambda module, *_: seen.append(module)  # noqa: E731
+    if around == "offloaded":  # as Accelerate does it
+        forward = mlp.fc1.forward
+        monkeypatch.setattr(mlp.fc1, "forward", lambda x: (see(mlp.fc1), forward(x))[1])
+        torch.testing.assert_close(mlp(x), expected)
+    else:
+        hook = nn.modules.module.register_module_forward_hook(see)
+        torch.testing.assert_close(mlp(x), expected)
+        hook.remove()
+    assert mlp.fc1 in seen

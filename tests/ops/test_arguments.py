@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from flash_bla.ops import decoupled_la, linear_attention, signed_power, simple_la, varlen_linear_attention
+from flash_bla.ops.triton_support import HAS_TRITON
+from tests.ops.cases import DEVICE
 
 X = torch.rand(2, 3, 8, 16)
 HALF = X.half()
@@ -27,6 +29,7 @@ HALF = X.half()
         ((X, X, X), dict(key_weight=torch.ones(2, 3, 9)), ValueError, r"key_weight must be broadcast.*\(2, 3, 9\)"),
         ((X, X, X), dict(key_encoding=torch.ones(3, 9, 16)), ValueError, r"key_encoding must be broad.*\(3, 8, 16\)"),
         ((X, X, X), dict(key_encoding=0.5), TypeError, "key_encoding must be a tensor, got float"),
+        ((X, X, X), dict(key_weight=0.5), TypeError, "key_weight must be a tensor, got float"),
         ((X, X, X), dict(rope=(X, X)), TypeError, r"rope must be a tensor"),
         ((X, X, X), dict(rope=torch.ones(1, 8, 8)), ValueError, r"rope must have shape .*\(3, 8, 8, 2\)"),
         ((X[:, :, :4], X, X), dict(rope=torch.ones(1, 8, 8, 2)), ValueError, r"as many keys as queries"),
@@ -37,6 +40,14 @@ HALF = X.half()
 def test_errors(arguments, options, error, message):
     with pytest.raises(error, match=message):
         linear_attention(*arguments, **options)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_a_wrong_word_after_the_right_one():
+    q = X.to(DEVICE)
+    linear_attention(q, q, q, key_weight="softmax", backend="triton")
+    with pytest.raises(ValueError, match="key_weight must be a tensor, \"softmax\" or None, got 'sofmax'"):
+        linear_attention(q, q, q, key_weight="sofmax", backend="triton")
 
 
 def test_errors_of_the_other_functions():

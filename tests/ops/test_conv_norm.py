@@ -55,3 +55,16 @@ def test_frozen_parameters_and_errors():
         depthwise_conv_norm(x, (4, 5), weight, None, ones, ones, 1e-5, backend="triton")
     with pytest.raises(ValueError, match="weight must have shape"):
         depthwise_conv_norm(x, GRID, weight, None, ones[:8], ones, 1e-5, backend="triton")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_gradients_that_do_not_arrive():
+    class Stop(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, x: x.clone())
+        backward = staticmethod(lambda ctx, dy: None)
+
+    x, weight, ones = torch.randn(1, 15, 16), torch.randn(16, 1, 3, 3), torch.ones(16)
+    x, weight, ones = (y.to(DEVICE).requires_grad_() for y in (x, weight, ones))
+    y, s = depthwise_conv_norm(x, GRID, weight, None, ones, ones, 1e-5, backend="triton")
+    (Stop.apply(y).sum() + Stop.apply(s).sum() + ones.sum()).backward()
+    assert x.grad is None and weight.grad is None and torch.equal(ones.grad, torch.ones_like(ones))

@@ -189,6 +189,42 @@ def test_traced_for_others_it_is_plain():
         ]  # fmt: skip
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_an_empty_batch_has_gradients_of_zero():
+    x, weight, bias = torch.zeros(0, 5, 16), torch.randn(8, 16), torch.randn(8)
+    leaves = [y.to(DEVICE).requires_grad_() for y in (x, weight, bias, weight.clone(), bias.clone())]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = linear(*leaves[:3], split=(2, -1), backend="triton")
+        pair = linear_pair(*leaves, backend="triton")
+        out = mlp(*leaves[:3], leaves[1].t(), None, backend="triton")
+    assert [z.shape for z in (y, *pair, out)] == [(0, 5, 2, 4), (0, 5, 8), (0, 5, 8), (0, 5, 16)]
+    for gradient in torch.autograd.grad([y.sum(), *(z.sum() for z in (*pair, out))], leaves):
+        assert gradient.abs().sum() == 0
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_outputs_may_be_changed_in_place():
+    (x, weight, bias), _ = make_inputs((3, 16), 8, torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = linear(x, weight.requires_grad_(), bias, backend="triton")
+    expected = y + 1
+    y += 1
+    assert torch.equal(y, expected) and y.grad_fn is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_of_factor_and_bias(backend):
+    (x, weight, bias), _ = make_inputs((3, 16), 8, torch.float32)
+    weight.requires_grad_()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for size in (1, 4, 16):
+            with pytest.raises(ValueError, match=rf"factor must have D = 8 elements, got shape \({size},\)"):
+                linear(x, weight, bias, factor=torch.ones(size, device=DEVICE), backend=backend)
+        if backend == "triton":  # F.linear has errors of its own
+            with pytest.raises(ValueError, match=r"bias must have shape .*\(8,\), got \(4,\)"):
+                linear(x, weight, bias[:4], backend=backend)
+
+
 def test_gelu_and_gate_exclude_each_other():
     (x, weight, bias), _ = make_inputs((3, 16), 8, torch.float32)
     with pytest.raises(ValueError, match="gelu and gate exclude each other"):
