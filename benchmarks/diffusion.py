@@ -41,8 +41,7 @@ from benchmarks import timing
 from benchmarks.results import markdown, measured_on, merge_rows, read_rows
 from flash_bla import linear_attention, piecewise_sparse_attention
 from flash_bla.layers import GeneralizedLinearAttention
-from flash_bla.layers.tokens import split_heads
-from flash_bla.ops.arguments import merge_heads
+from flash_bla.ops.arguments import merge_heads, split_heads
 
 IMAGES, HEADS, WIDTH = 2, 20, 64  # SDXL's; 1280 channels
 SPARSE_HEADS, SPARSE_WIDTH, DENSITY = 24, 128, 0.1

@@ -150,6 +150,7 @@ def _elu1_triton(x, a, P: tl.constexpr):
 
 @jit
 def _elu1_dx(x, phi, a, P: tl.constexpr, factor=None):
+    # times a factor that is not negative, by which phi has been multiplied
     if factor is None:
         return fast_exp_to_one(x)  # which the compiler has computed for the value
     else:

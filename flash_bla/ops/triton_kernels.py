@@ -134,7 +134,7 @@ def state_kernel(
     if C.PLAIN:
         plus, z_plus = sum_plain_keys(
             k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, begin, end, count, scale,
-            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+            PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
         )  # fmt: skip
         store_plain_state(state_ptr, _split_at(sequence, heads, C) + head, head, heads, plus, z_plus, C)
         return
@@ -238,7 +238,7 @@ def forward_kernel(
     if C.PLAIN:
         plus, z_plus = sum_plain_keys(
             k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, 0, count, count, scale,
-            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+            PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
         )  # fmt: skip
         if state_ptr is not None:
             store_plain_state(state_ptr, sequence * heads + head, head, heads, plus, z_plus, C)
@@ -360,7 +360,7 @@ def backward_kernel(
     if C.PLAIN and state_ptr is None:
         plus, z_plus = sum_plain_keys(
             k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, 0, count, count, scale,
-            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+            PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
         )  # fmt: skip
         plus, z_plus = tl.trans(plus), tl.sum(z_plus, 1) / z_plus.shape[1]
     elif state_ptr is None:

@@ -165,9 +165,7 @@ def norm_ratio_gradient_kernel(
 ):  # fmt: skip
     """Adds to dx what comes by the ratios, and sums for the scale's gradient; dr (B, H, N) is summed over the heads.
 
-    The rows of dr are padded.
-
-    The ratios are those of x + e, if there is an encoding.
+    The ratios are those of x + e, if there is an encoding, and the rows of dr are padded.
 
     Programs share the rows (axis 0) of a sequence (axis 1). With ``LOG``, the gradient of the ratios' logarithms, most
     rows have none, and blocks of such rows are left out.

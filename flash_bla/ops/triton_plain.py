@@ -4,7 +4,7 @@ They do what those of triton_loops.py do, with fewer instructions: forward with 
 to operands as they are computed, two at a time. S is summed as φ(k)ᵀ v, not transposed: φ(k)ᵀ is loaded as such and
 goes to the matrix units from registers, as no other operand that is computed can, and so nothing waits for shared
 memory. z is a product as well, φ(k)ᵀ with ones, and comes as what the queries are multiplied with. Rows outside a
-sequence are zeros: their features are φ(0), which z subtracts.
+sequence are zeros, as are their values: they count for nothing in S, and z sums a tile that has such rows apart.
 
 For equations and names see triton_kernels.py.
 """
@@ -108,11 +108,14 @@ def _to_value_columns(x, C: tl.constexpr):
 @jit
 def sum_plain_keys(
     k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, begin, end, count, scale,
-    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
 ):  # fmt: skip
     """S = s Σ φ(k)ᵀ v and z = Σ φ(k) / M over the rows from ``begin`` to ``end``."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    full = begin + tl.maximum(end - begin, 0) // C.BLOCK_N * C.BLOCK_N  # where the last tile begins, if it is not full
+    last_k_ptr, last_e_ptr = k_ptr, e_ptr
     k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
     v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
     if e_ptr is not None:
@@ -135,12 +138,21 @@ def sum_plain_keys(
             phi = PHI_ROUNDED(k, PHI, C.EXPONENT, OPERAND)
         plus = tl.dot(phi, v, plus, input_precision=PRECISION)
         if C.NORMALIZE:
-            z += 0.5 * tl.dot(phi, twos, input_precision=PRECISION)
+            z += tl.where(start < full, 0.5, 0.0) * tl.dot(phi, twos, input_precision=PRECISION)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
 
-    rows = tl.maximum(end - begin, 0)
-    outside = tl.cdiv(rows, C.BLOCK_N) * C.BLOCK_N - rows
-    z -= outside.to(tl.float32) * PHI(_zeros(1, _parts(C).shape[0]), 1.0, C.EXPONENT)
+    if C.NORMALIZE:
+        if full < end:  # once more, with features of zero where there are no rows: φ(0) may be much more than a feature
+            mask = (full + tl.arange(0, C.BLOCK_N) < end)[None, :] & exists[:, None]
+            last_k_ptr, k_tile = _tile(last_k_ptr, k_strides, batch, head, first + full, h, d, C)
+            k = tl.load(last_k_ptr + tl.trans(k_tile), mask=mask, other=PAD)
+            if e_ptr is not None:
+                last_e_ptr, e_tile = _tile(last_e_ptr, e_strides, 0, head, full, h, d, C)
+                e = tl.load(last_e_ptr + tl.trans(e_tile), mask=mask, other=0.0)
+                phi = PHI(k.to(tl.float32) + e.to(tl.float32), 1.0, C.EXPONENT).to(OPERAND)
+            else:
+                phi = PHI_ROUNDED(k, PHI, C.EXPONENT, OPERAND)
+            z += 0.5 * tl.dot(phi, twos, input_precision=PRECISION)
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
         scale = one

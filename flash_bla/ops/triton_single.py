@@ -11,8 +11,8 @@ With a rotary encoding the first term of dP belongs to the scores of turned feat
 ``signed_power`` has scores for each half of the values' columns, of equal and of opposite signs. (Two products of
 sign(x) |x|ᵃ and of |x|ᵃ would give their sum and difference; but gradients then cancel between numbers rounded.)
 
-A program for each sequence and head backward, and one for each place on the device forward, which loads the next head's
-tiles while it computes. For names see triton_kernels.py.
+A program for each sequence and head backward, and one for each place on the device forward and where nothing but a
+feature map is asked for, which loads the next head's tiles while it computes. For names see triton_kernels.py.
 """
 
 from __future__ import annotations
@@ -349,14 +349,13 @@ def plain_single_backward_kernel(
     if C.MEAN:
         scale = one
     least = tl.where(queries[:, None], eps, 1.0)
-    identity = tl.where(d[:, None] == d[None, :], 1.0, 0.0).to(OPERAND)
     batch, head, more = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.num_programs(0) // heads
     for _ in range(tl.program_id(0), programs, tl.num_programs(0)):
         k = _load(k_ptr, k_strides, batch.to(tl.int64), head, d, keys, d < C.D, 0.0, C)
         q = _load(q_ptr, q_strides, batch.to(tl.int64), head, d, queries, d < C.D, 0.0, C)
         v = _load(v_ptr, v_strides, batch.to(tl.int64), head, c, keys, c < C.DV, 0.0, C).to(OPERAND)
         do = _load(do_ptr, do_strides, batch.to(tl.int64), head, c, queries, c < C.DV, 0.0, C).to(OPERAND)
-        k, q = tl.dot(k.to(OPERAND), identity), tl.dot(q.to(OPERAND), identity)  # the layout of a product
+        k, q = _to_product_layout(k, OPERAND), _to_product_layout(q, OPERAND)
         phi_k = tl.where(keys[:, None] & (d < C.D)[None, :], PHI(k, 1.0, C.EXPONENT), 0.0)
         phi_q = PHI(q, 1.0, C.EXPONENT)
         k_operand, q_operand = phi_k.to(OPERAND), phi_q.to(OPERAND)

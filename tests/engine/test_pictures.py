@@ -18,10 +18,10 @@ from flash_bla.engine.checkpoint import write_atomically
 from flash_bla.engine.config import RunError
 from flash_bla.engine.pictures import attention_layers, attention_map, draw_attention, draw_batch, pixels
 from flash_bla.layers import axial_rope
-from flash_bla.ops.arguments import split_heads
 from flash_bla.models.mlla import MLLA
 from flash_bla.models.swin import SwinTransformer
 from flash_bla.models.vit import VisionTransformer
+from flash_bla.ops.arguments import split_heads
 from flash_bla.ops.reference import rotate
 
 GRID = (6, 4)

@@ -280,11 +280,14 @@ def test_split_sequences_are_reproducible(shape):
         assert all(torch.equal(x, other[name]) for name, x in results[0].items())
 
 
-@pytest.mark.parametrize("feature_map", ["elu1", "relu"])
-def test_varlen_in_bfloat16(feature_map):
+@pytest.mark.parametrize("feature_map, mean", [("elu1", 0.0), ("elu1", -12.0), ("relu", 0.0)])
+def test_varlen_in_bfloat16(feature_map, mean):
+    """Also with features of keys that are tiny beside those of rows which do not exist."""
     lengths, H, D = [1, 70, 0, 33, 200], 2, 24
     generator = torch.Generator().manual_seed(0)
-    packed = [torch.randn(sum(lengths), H, D, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(4)]
+    packed = [torch.randn(sum(lengths), H, D, generator=generator) for _ in range(4)]
+    packed[1] += mean
+    packed = [x.to(DEVICE, torch.bfloat16) for x in packed]
     leaves, do = [x.requires_grad_() for x in packed[:3]], packed[3]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
     o = varlen_linear_attention(*leaves, cu_seqlens, max(lengths), feature_map=feature_map, backend="triton")
@@ -295,4 +298,40 @@ def test_varlen_in_bfloat16(feature_map):
         (expected, *torch.autograd.grad(expected, exact, do.double())),
         strict=True,
     ):
+        assert (got - want).norm() <= TOLERANCE[torch.bfloat16] * want.norm()
+
+
+@pytest.mark.parametrize("feature_map, eps", [("elu1", 1.0), ("relu", 3.0)])
+@pytest.mark.parametrize("shape", [(1, 3, 80, 85, 16, 16), (9, 5, 30, 20, 16, 16)], ids=str)
+def test_a_large_eps_and_several_turns(shape, feature_map, eps):
+    """ε counts beside the denominators; of the second shape each program has several sequences in the interpreter."""
+    generator = torch.Generator().manual_seed(0)
+    B, H, N, M, D, D_v = shape
+    sizes = {"q": (N, D), "k": (M, D), "v": (M, D_v), "do": (N, D_v)}
+    tensors = {name: torch.randn(B, H, *size, generator=generator) for name, size in sizes.items()}
+    tensors["v"] += 3
+    if feature_map == "elu1":
+        tensors["q"], tensors["k"] = tensors["q"] - 3, tensors["k"] - 3
+    *leaves, do = [x.to(DEVICE, torch.bfloat16) for x in tensors.values()]
+    results = []
+    for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        o = linear_attention(*inputs, feature_map=feature_map, eps=eps, backend=backend)
+        results.append((o, *torch.autograd.grad(o, inputs, do.to(dtype))))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() <= TOLERANCE[torch.bfloat16] * want.norm()
+
+
+@pytest.mark.parametrize("feature_map", ["elu1", "relu"])
+def test_infinite_keys_have_no_feature(feature_map):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, do = torch.randn(4, 1, 1, 20, 16, generator=generator).to(DEVICE, torch.bfloat16).unbind(0)
+    k[0, 0, 1] = float("-inf")
+    k[0, 0, 2, 3] = float("-inf")
+    results = []
+    for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        o = linear_attention(*inputs, feature_map=feature_map, backend=backend)
+        results.append((o, *torch.autograd.grad(o, inputs, do.to(dtype))))
+    for got, want in zip(*results, strict=True):
         assert (got - want).norm() <= TOLERANCE[torch.bfloat16] * want.norm()
