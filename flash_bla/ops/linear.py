@@ -144,9 +144,9 @@ class _Mixed(torch.autograd.Function):
     def forward(ctx, x, gate, weight, bias, factor, gelu, split, dtype):
         ctx.types, ctx.shape, ctx.gelu = (x.dtype, None if gate is None else gate.dtype), x.shape, gelu
         x, gate = convert(x, dtype).reshape(-1, x.shape[-1]), convert(gate, dtype)
-        activated, w, b = run(record_operands, (x, gate, weight, bias, factor), (gelu, dtype), _check_layer)
+        gated, w, b = run(record_operands, (x, gate, weight, bias, factor), (dtype,), _check_layer)
         ctx.save_for_backward(x, gate, w, *(() if factor is None else (weight, bias, factor)))
-        y = _product(x if activated is None else activated, w, b)
+        y = _product(F.gelu(x) if gelu else x if gated is None else gated, w, b)
         return _unflatten(y, ctx.shape, split)
 
     @staticmethod
@@ -160,6 +160,8 @@ class _Mixed(torch.autograd.Function):
             of_bias = scaled[1] is not None
         if of_bias or ctx.gelu or gate is not None:
             d_input, d_gate, d_bias, activated = run(record_gradients, (dy, dx, x, gate), (ctx.gelu, of_bias))
+            if ctx.gelu and activated is None:
+                activated = F.gelu(x)
             dx = dx if d_input is None else d_input
             x = x if activated is None else activated
         d_weight = _weight_gradient(dy, x)
@@ -169,13 +171,18 @@ class _Mixed(torch.autograd.Function):
         return dx, convert(d_gate, ctx.types[1]), d_weight, d_bias, d_factor, None, None, None
 
 
+def _start(ctx, x, weight1, bias1, weight2, bias2, dtype) -> tuple[Tensor | None, ...]:
+    """Rows of x, and two layers' weights and biases, in a type; the context keeps type and shape of x."""
+    ctx.type, ctx.shape = x.dtype, x.shape
+    x = convert(x, dtype).reshape(-1, x.shape[-1])
+    return x, *run(record_casts, (weight1, bias1, weight2, bias2), (dtype,), _check_layers)
+
+
 @eager_function
 class _MixedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
-        ctx.type, ctx.shape = x.dtype, x.shape
-        x = convert(x, dtype).reshape(-1, x.shape[-1])
-        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,), _check_layers)
+    def forward(ctx, *inputs):
+        x, w1, b1, w2, b2 = _start(ctx, *inputs)
         hidden = _product(x, w1, b1)
         ctx.save_for_backward(x, hidden, w1, w2)
         return _unflatten(_product(F.gelu(hidden), w2, b2), ctx.shape)
@@ -194,10 +201,8 @@ class _MixedMlp(torch.autograd.Function):
 @eager_function
 class _MixedPair(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
-        ctx.type, ctx.shape = x.dtype, x.shape
-        x = convert(x, dtype).reshape(-1, x.shape[-1])
-        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,), _check_layers)
+    def forward(ctx, *inputs):
+        x, w1, b1, w2, b2 = _start(ctx, *inputs)
         ctx.save_for_backward(x, w1, w2)
         return tuple([_unflatten(_product(x, w, b), ctx.shape) for w, b in ((w1, b1), (w2, b2))])
 

@@ -78,12 +78,6 @@ def sum_kernel(x_ptr, add_ptr, y_ptr, length, BLOCK: tl.constexpr):
 
 
 @jit
-def gelu_kernel(x_ptr, y_ptr, length, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    _store(y_ptr, at, length, GELU(_load(x_ptr, at, length)))
-
-
-@jit
 def gate_kernel(x_ptr, gate_ptr, y_ptr, length, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = _load(gate_ptr, at, length)
@@ -130,11 +124,11 @@ def record_casts(
 
 def record_operands(
     record: Record, x: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor | None, factor: Tensor | None,
-    gelu: bool, dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """gelu(x) or x · silu(gate), None for x itself; weight and bias in another type, times a factor for each row."""
+    """x · silu(gate), if there is a gate; weight and bias in another type, times a factor for each row."""
     w, b, *_ = record_casts(record, weight, bias, None, None, dtype, factor)
-    return record_activation(record, x, gate, gelu), w, b
+    return None if gate is None else record_gate(record, x, gate), w, b
 
 
 def record_two_sums(record: Record, x: Tensor | None, y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -172,31 +166,20 @@ def record_sum(record: Record, x: Tensor, add: Tensor) -> Tensor:
     return y
 
 
-def record_activation(record: Record, x: Tensor, gate: Tensor | None, gelu: bool) -> Tensor | None:
-    """gelu(x) (the exact one, within 1e-7), x · silu(gate), or None for x itself."""
-    if gate is not None:
-        return record_gate(record, x, gate)
-    if not gelu:
-        return None
-    y = record.new_empty(x.shape, x.dtype)
-    _launch(record, gelu_kernel, dict(x_ptr=x), y_ptr=y, GELU=_gelu)
-    return y
-
-
 def record_gradients(
     record: Record, rows: Tensor, dx: Tensor | None, x: Tensor, gate: Tensor | None, gelu: bool, of_bias: bool
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, gate and bias, and what the linear layer has read, from those of its output and its input.
 
-    None for what is not there, for the gradient and the value of what is not activated, and for the gradients of x and
-    gate if dx is None.
+    None for what is not there, for the gradient and the value of what is not activated, and if dx is None for the
+    gradients of x and gate and for the GELU.
     """
     d_gate = d_bias = None
-    if dx is None:
-        x = record_activation(record, x, gate, gelu)
+    if gate is not None and dx is None:
+        x = record_gate(record, x, gate)
     elif gate is not None:
         dx, d_gate, x = record_gate_gradient(record, dx, x, gate, True)
-    elif gelu:
+    elif gelu and dx is not None:
         dx, x = record_gelu_gradient(record, dx, x)
     else:
         dx = x = None

@@ -106,7 +106,7 @@ def around_attention(dtype, D):
     yield Record(layer_norm.record_forward, (x, x, weight, weight), (1e-5, 0.01, dtype))
     yield Record(layer_norm.record_backward, (x, x, x, weight, weight), (1e-5, 0.01, True))
     for gate, factor in ((None, None), (x, weight)):
-        yield Record(activations.record_operands, (x, gate, x, x[:, 0], factor), (gate is None, dtype))
+        yield Record(activations.record_operands, (x, gate, x, x[:, 0], factor), (dtype,))
         yield Record(activations.record_gradients, (x, x, x, gate), (gate is None, True))
     yield Record(activations.record_casts, (x, weight, x, weight), (dtype,))
     yield Record(activations.record_sum, (x, x))
