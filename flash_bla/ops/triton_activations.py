@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_depthwise_conv_kernels import ACTIVATIONS
-from flash_bla.ops.triton_support import Record, cdiv, jit, tl
+from flash_bla.ops.triton_support import Record, cdiv, jit, tl, wait_for_inputs
 
 BLOCK = 2048
 
@@ -34,6 +34,7 @@ def cast_kernel(
     columns2, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copies in another type of weight (rows, columns) and bias, each row times its factor, and of another layer's."""
+    wait_for_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     weight = _load(weight_ptr, at, rows * columns)
     if factor_ptr is not None:
@@ -55,6 +56,7 @@ def scale_gradient_kernel(
     d_weight_ptr, d_bias_ptr, weight_ptr, bias_ptr, factor_ptr, d_factor_ptr, columns, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The gradient of a row's factor, and the gradients of what it multiplies, in the place of the products'."""
+    wait_for_inputs()
     row = tl.program_id(0)
     factor = tl.load(factor_ptr + row).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -73,12 +75,14 @@ def scale_gradient_kernel(
 
 @jit
 def sum_kernel(x_ptr, add_ptr, y_ptr, length, BLOCK: tl.constexpr):
+    wait_for_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _store(y_ptr, at, length, _load(x_ptr, at, length) + _load(add_ptr, at, length))
 
 
 @jit
 def gate_kernel(x_ptr, gate_ptr, y_ptr, length, BLOCK: tl.constexpr):
+    wait_for_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = _load(gate_ptr, at, length)
     _store(y_ptr, at, length, _load(x_ptr, at, length) * gate / (1.0 + tl.exp(-gate)))
@@ -86,6 +90,7 @@ def gate_kernel(x_ptr, gate_ptr, y_ptr, length, BLOCK: tl.constexpr):
 
 @jit
 def gate_gradient_kernel(dy_ptr, x_ptr, gate_ptr, dx_ptr, d_gate_ptr, y_ptr, length, BLOCK: tl.constexpr):
+    wait_for_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dy, x, gate = _load(dy_ptr, at, length), _load(x_ptr, at, length), _load(gate_ptr, at, length)
     s = 1.0 / (1.0 + tl.exp(-gate))
@@ -98,6 +103,7 @@ def gate_gradient_kernel(dy_ptr, x_ptr, gate_ptr, dx_ptr, d_gate_ptr, y_ptr, len
 def gelu_gradient_kernel(
     dy_ptr, x_ptr, dx_ptr, y_ptr, length, GELU: tl.constexpr, DERIVATIVE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    wait_for_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = _load(x_ptr, at, length)
     _store(dx_ptr, at, length, _load(dy_ptr, at, length) * DERIVATIVE(x))

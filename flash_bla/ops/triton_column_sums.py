@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_bla.ops.triton_support import Record, cdiv, jit, multiprocessors, tl
+from flash_bla.ops.triton_support import Record, cdiv, jit, multiprocessors, tl, wait_for_inputs
 
 BLOCK_M, BLOCK_C = 32, 64
 
@@ -13,6 +13,7 @@ BLOCK_M, BLOCK_C = 32, 64
 @jit(do_not_specialize=["length"])
 def column_sums_kernel(x_ptr, partial_ptr, length, width, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """Shares (programs, width) of the sums, in float32."""
+    wait_for_inputs()
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(tl.program_id(1) * BLOCK_M, length, tl.num_programs(1) * BLOCK_M):
@@ -28,6 +29,7 @@ def shares_kernel(
     TAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Adds up the programs' and the heads' shares of one tap, or of the bias, always in the same order."""
+    wait_for_inputs()
     tap = tl.program_id(0)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     total = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)

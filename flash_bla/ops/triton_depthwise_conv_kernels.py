@@ -11,7 +11,7 @@ fixed order: within a program, then over the programs.
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import jit, tl
+from flash_bla.ops.triton_support import jit, tl, wait_for_inputs
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
@@ -268,6 +268,7 @@ def forward_kernel(
 
     With dy, the gradient of y, instead the gradients: that of z in y's place, and those of add and gate.
     """
+    wait_for_inputs()
     PAD: tl.constexpr = K // 2
     WIDTH: tl.constexpr = (COLUMNS - 1) * STRIDE + K
     UNDER_WAY: tl.constexpr = (K - 1) // STRIDE  # rows of the target besides the one that a step completes
@@ -344,6 +345,7 @@ def gradient_kernel(
 
     With ``ADD`` that of x is added to what is there. partial (programs, K² + 1, C) takes the shares, the bias's last.
     """
+    wait_for_inputs()
     PAD: tl.constexpr = K // 2
     BEFORE: tl.constexpr = PAD // STRIDE
     WIDTH: tl.constexpr = (COLUMNS - 1 + PAD) // STRIDE + BEFORE + 1

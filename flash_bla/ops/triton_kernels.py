@@ -56,7 +56,7 @@ from flash_bla.ops.triton_plain import (
     sum_plain_keys,
     write_plain_output,
 )
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, share, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, share, tl, wait_for_inputs
 from flash_bla.ops.triton_tiles import (
     _by_head,
     _by_sixteenth,
@@ -98,6 +98,7 @@ def query_sum_kernel(
     q_ptr, q_strides, query_sum_ptr, query_length, heads, PHI: tl.constexpr, PAD: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
     """Σ φ(q) over one split of the queries."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, None, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
@@ -129,12 +130,13 @@ def state_kernel(
     C: tl.constexpr,
 ):  # fmt: skip
     """The sums over one split of the keys."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     if C.PLAIN:
         plus, z_plus = sum_plain_keys(
             k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, begin, end, count, scale,
-            PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
+            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
         )  # fmt: skip
         store_plain_state(state_ptr, _split_at(sequence, heads, C) + head, head, heads, plus, z_plus, C)
         return
@@ -156,6 +158,7 @@ def state_kernel(
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def reduce_kernel(partial_ptr, sum_ptr, length, splits, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
     """Adds up ``splits`` arrays of ``length``."""
+    wait_for_inputs()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, splits, SPLITS):
@@ -172,6 +175,7 @@ def merge_kernel(
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The state of ``SOFTMAX`` from the splits': a program for each head (axis 0) and block of S and z (axis 1)."""
+    wait_for_inputs()
     at, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     partial_ptr += at * (ROWS * D)
     state_ptr += at * (ROWS * D)
@@ -208,6 +212,7 @@ def output_kernel(
     PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The output for one split of the queries."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     if C.PLAIN:
@@ -234,11 +239,12 @@ def forward_kernel(
     C: tl.constexpr,
 ):  # fmt: skip
     """The whole forward pass of a sequence; without a state_ptr the backward pass will sum the keys again."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     if C.PLAIN:
         plus, z_plus = sum_plain_keys(
             k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, 0, count, count, scale,
-            PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
+            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
         )  # fmt: skip
         if state_ptr is not None:
             store_plain_state(state_ptr, sequence * heads + head, head, heads, plus, z_plus, C)
@@ -271,6 +277,7 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr, C: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one split of the queries, its sums for the keys' gradients, and the values' mean."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
@@ -310,6 +317,7 @@ def key_gradient_kernel(
     PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one split of the keys and values, and its sums for the gradient of the queries' mean."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
@@ -356,11 +364,12 @@ def backward_kernel(
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The whole backward pass of a sequence."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     if C.PLAIN and state_ptr is None:
         plus, z_plus = sum_plain_keys(
             k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, 0, count, count, scale,
-            PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
+            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
         )  # fmt: skip
         plus, z_plus = tl.trans(plus), tl.sum(z_plus, 1) / z_plus.shape[1]
     elif state_ptr is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_bla.ops.triton_column_sums import add_shares
-from flash_bla.ops.triton_support import Record, cdiv, jit, multiprocessors, tl
+from flash_bla.ops.triton_support import Record, cdiv, jit, multiprocessors, tl, wait_for_inputs
 
 TILE = 2048  # elements
 
@@ -33,6 +33,7 @@ def norm_forward_kernel(
     x_ptr, add_ptr, sum_ptr, y_ptr, weight_ptr, bias_ptr, length, eps,
     SLOPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     inside = (rows < length)[:, None] & (columns < WIDTH)[None, :]
@@ -57,6 +58,7 @@ def norm_backward_kernel(
     SLOPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x, ds included, and shares (programs, 2, C) of those of weight and bias."""
+    wait_for_inputs()
     columns = tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
     d_weight = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)

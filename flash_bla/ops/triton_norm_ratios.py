@@ -25,6 +25,7 @@ from flash_bla.ops.triton_support import (
     power_of_two,
     share,
     tl,
+    wait_for_inputs,
 )
 
 # Strides come as tuples in the order (batch, head, row, column).
@@ -119,6 +120,7 @@ def norm_ratio_kernel(
 
     An encoding, if any, is added to the keys; its stride from one sequence to the next is zero.
     """
+    wait_for_inputs()
     inverses, least = _load_scale(scale_ptr, W)
     padded_queries, padded_keys = tl.cdiv(query_length, 16) * 16, tl.cdiv(key_length, 16) * 16
     begin, end = share(tl.maximum(padded_queries, padded_keys), tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
@@ -170,6 +172,7 @@ def norm_ratio_gradient_kernel(
     Programs share the rows (axis 0) of a sequence (axis 1). With ``LOG``, the gradient of the ratios' logarithms, most
     rows have none, and blocks of such rows are left out.
     """
+    wait_for_inputs()
     PARTS: tl.constexpr = W.PARTS
     inverses, least = _load_scale(scale_ptr, W)
     begin, end = share(length, tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
@@ -227,6 +230,7 @@ def multiply_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Products of (B, H, N), or copies of x without y: blocks (axis 1) of a sequence and head (axis 0)."""
+    wait_for_inputs()
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     batch, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0).to(tl.int64) % heads
     product = tl.load(x_ptr + batch * x_batch + head * x_head + n.to(tl.int64) * x_row, mask=n < length, other=0.0)

@@ -22,6 +22,7 @@ from flash_bla.ops.triton_support import (
     precision,
     run,
     tl,
+    wait_for_inputs,
 )
 from flash_bla.ops.triton_support import tile_pointers as _tile
 
@@ -44,6 +45,7 @@ def statistics_kernel(
     slope (splits, B, H, D, D) takes the sums. H_j is computed as Σ kᵀ v - |j| k̄ᵀ v̄: products of inputs are exact where
     they are half precision, deviations from a mean are not.
     """
+    wait_for_inputs()
     PARTS: tl.constexpr = BLOCK // BLOCK_N
     program, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)  # offsets are of 64 bits
     programs = tl.num_programs(0).to(tl.int64)
@@ -112,6 +114,7 @@ def choice_kernel(
     BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """The indices of the highest of a row of scores, ascending; of equal ones the first."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     scores_ptr += row * blocks
     threshold = (row * 0).to(tl.uint32)  # a score that exactly those to be kept reach, or equal; found bit by bit
@@ -163,6 +166,7 @@ def attention_kernel(
     padded) is -∞ for them and log2 of the number of tokens for the others. k_mean and v_mean are (B, H, padded, D), and
     slope · slope_scale is H · scale / N.
     """
+    wait_for_inputs()
     PARTS: tl.constexpr = BLOCK // BLOCK_M
     TILES: tl.constexpr = BLOCK // BLOCK_N
     program = tl.program_id(0).to(tl.int64)

@@ -11,7 +11,7 @@ For equations and names see triton_kernels.py.
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import fast_inverse, jit, tl
+from flash_bla.ops.triton_support import fast_finite, fast_inverse, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_products,
     _both_by_head,
@@ -40,6 +40,14 @@ from flash_bla.ops.triton_tiles import (
 @jit
 def _parts(C: tl.constexpr):
     return tl.arange(0, 8 * C.GROUP if C.GROUP > 1 else 16)
+
+
+@jit
+def _add_halves(z, C: tl.constexpr):
+    """The sum of both halves of 16 columns, in each 8 of the parts."""
+    z = tl.sum(tl.reshape(z, C.BLOCK_D, 2, 8), 1)[:, None, :]
+    parts: tl.constexpr = _parts(C).shape[0]
+    return tl.reshape(tl.broadcast_to(z, C.BLOCK_D, parts // 8, 8), C.BLOCK_D, parts)
 
 
 @jit
@@ -108,22 +116,23 @@ def _to_value_columns(x, C: tl.constexpr):
 @jit
 def sum_plain_keys(
     k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, begin, end, count, scale,
-    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    C: tl.constexpr,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """S = s Σ φ(k)ᵀ v and z = Σ φ(k) / M over the rows from ``begin`` to ``end``."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    full = begin + tl.maximum(end - begin, 0) // C.BLOCK_N * C.BLOCK_N  # where the last tile begins, if it is not full
-    last_k_ptr, last_e_ptr = k_ptr, e_ptr
     k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
     v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
     if e_ptr is not None:
         e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
-    plus, z = _zeros(C.BLOCK_D, C.BLOCK_DV), _zeros(C.BLOCK_D, _parts(C).shape[0])
-    # Twos and halves: by itself the compiler would make both products one sum that goes on through the loop, and then
-    # wait after each instruction of either.
-    twos = tl.full((C.BLOCK_N, _parts(C).shape[0]), 2.0, OPERAND)
+    plus, z = _zeros(C.BLOCK_D, C.BLOCK_DV), _zeros(C.BLOCK_D, 16)
+    # The first half of z's columns sums all tiles but the last, the second half the last without the rows that do not
+    # exist, of which φ(0) may be much more than a feature. Twos and halves: by itself the compiler would make both
+    # products one sum that goes on through the loop, and then wait after each instruction of either.
+    last = begin + (tl.maximum(end - begin, 1) - 1) // C.BLOCK_N * C.BLOCK_N
+    is_first = (tl.arange(0, 16) < 8)[None, :]
+    twos = tl.where(is_first | (last + tl.arange(0, C.BLOCK_N) < end)[:, None], 2.0, 0.0).to(OPERAND)
+    halves = tl.where(is_first, 0.5, 0.0)
 
     for start in range(begin, end, C.BLOCK_N):
         inside = start + tl.arange(0, C.BLOCK_N) < end
@@ -138,25 +147,13 @@ def sum_plain_keys(
             phi = PHI_ROUNDED(k, PHI, C.EXPONENT, OPERAND)
         plus = tl.dot(phi, v, plus, input_precision=PRECISION)
         if C.NORMALIZE:
-            z += tl.where(start < full, 0.5, 0.0) * tl.dot(phi, twos, input_precision=PRECISION)
+            z += tl.where(start < last, halves, 0.5 - halves) * tl.dot(phi, twos, input_precision=PRECISION)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
 
-    if C.NORMALIZE:
-        if full < end:  # once more, with features of zero where there are no rows: φ(0) may be much more than a feature
-            mask = (full + tl.arange(0, C.BLOCK_N) < end)[None, :] & exists[:, None]
-            last_k_ptr, k_tile = _tile(last_k_ptr, k_strides, batch, head, first + full, h, d, C)
-            k = tl.load(last_k_ptr + tl.trans(k_tile), mask=mask, other=PAD)
-            if e_ptr is not None:
-                last_e_ptr, e_tile = _tile(last_e_ptr, e_strides, 0, head, full, h, d, C)
-                e = tl.load(last_e_ptr + tl.trans(e_tile), mask=mask, other=0.0)
-                phi = PHI(k.to(tl.float32) + e.to(tl.float32), 1.0, C.EXPONENT).to(OPERAND)
-            else:
-                phi = PHI_ROUNDED(k, PHI, C.EXPONENT, OPERAND)
-            z += 0.5 * tl.dot(phi, twos, input_precision=PRECISION)
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
         scale = one
-    return _mask_plain(plus * scale, z * one, C)
+    return _mask_plain(plus * scale, _add_halves(z * one, C), C)
 
 
 @jit
@@ -263,7 +260,7 @@ def differentiate_plain_keys(
         inside = tl.arange(0, C.BLOCK_N) < end - start
         k = tl.load(k_ptr + k_tile, mask=inside[:, None] & exists[None, :], other=0.0)
         v = tl.load(v_ptr + v_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
-        k = _to_product_layout(k, identity, OPERAND)
+        k = _to_product_layout(fast_finite(k), identity, OPERAND)
         if e_ptr is not None:
             e = tl.load(e_ptr + e_tile, mask=inside[:, None] & exists[None, :], other=0.0)
             k += _to_product_layout(e, identity, OPERAND)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, Record, cdiv, jit, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, Record, cdiv, jit, tl, wait_for_inputs
 
 
 @jit
@@ -24,6 +24,7 @@ def polarity_kernel(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Blocks of rows (axis 0) and channels (axis 1) of the encoding, and with the first rows all else."""
+    wait_for_inputs()
     n, c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     factor, _ = _factor(tl.load(scale_ptr + c, mask=inside, other=0.0).to(tl.float32))
@@ -44,6 +45,7 @@ def polarity_gradient_kernel(
     d_power_ptr, d_encoding_ptr, length, channels, width, alpha, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Blocks of channels (axis 0), each with all rows of the encoding."""
+    wait_for_inputs()
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     factor, derivative = _factor(tl.load(scale_ptr + c, mask=inside, other=0.0).to(tl.float32))

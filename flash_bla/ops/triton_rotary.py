@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flash_bla.ops.arguments import split_heads
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, Record, cdiv, jit, power_of_two, tl
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, Record, cdiv, jit, power_of_two, tl, wait_for_inputs
 
 
 @jit
@@ -40,6 +40,7 @@ def rotate_kernel(
 
     If there are values, it adds up the two tensors of them, and copies the gate.
     """
+    wait_for_inputs()
     n, d = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     batch, head = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0).to(tl.int64) % heads
     inside = (n < length)[:, None] & (d < D)[None, :]

@@ -20,7 +20,15 @@ with two signs, (B, H, 2, Dv + 1, D).
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, computed_here, fast_rounded_parts, jit, share, tl
+from flash_bla.ops.triton_support import (
+    NOT_SPECIALIZED,
+    computed_here,
+    fast_rounded_parts,
+    jit,
+    share,
+    tl,
+    wait_for_inputs,
+)
 from flash_bla.ops.triton_tiles import (
     _add_products,
     _both_by_head,
@@ -478,6 +486,7 @@ def signed_state_kernel(
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """R and r of one split of the keys."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     plus, minus, r_plus, r_minus = _sum_keys(
@@ -495,6 +504,7 @@ def signed_output_kernel(
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The output of one split of the queries."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     plus, minus, r_plus, r_minus = _load(state_ptr, sequence * heads + head, head, heads, C)
@@ -512,6 +522,7 @@ def signed_sum_kernel(
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """dR' of one split of the queries, its rows' numbers, and the values' mean."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
@@ -536,6 +547,7 @@ def signed_query_kernel(
     C: tl.constexpr,
 ):  # fmt: skip
     """dq of one split of the queries, dr, and terms of the power's gradient."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     plus, minus, r_plus, r_minus = _load(state_ptr, sequence * heads + head, head, heads, C)
@@ -559,6 +571,7 @@ def signed_key_kernel(
     C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one split of the keys and values, and terms of the power's."""
+    wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
@@ -582,6 +595,7 @@ def signed_forward_kernel(
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The whole forward pass of a sequence; it keeps its state where there is a state_ptr."""
+    wait_for_inputs()
     sequence, batch, head, _, _ = _place(heads, None, key_length, C)
     plus, minus, r_plus, r_minus = _sum_keys(
         k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, 0, 0,

@@ -19,9 +19,18 @@ from __future__ import annotations
 
 from flash_bla.ops.triton_kernels import _store_parameter_gradient
 from flash_bla.ops.triton_plain import _by_thread, _to_value_columns
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, fast_inverse, fast_rounded_parts, jit, tl
+from flash_bla.ops.triton_support import (
+    NOT_SPECIALIZED,
+    fast_finite,
+    fast_inverse,
+    fast_rounded_parts,
+    jit,
+    tl,
+    wait_for_inputs,
+)
 from flash_bla.ops.triton_tiles import (
     _by_eighth,
+    _identity,
     _load_factor,
     _load_parameter,
     _load_rope,
@@ -31,12 +40,13 @@ from flash_bla.ops.triton_tiles import (
     _start,
     _store_weight,
     _sum_eighths,
+    _to_product_layout,
     _turn,
 )
 
 
 @jit
-def _to_product_layout(x, OPERAND: tl.constexpr):
+def _added_to_product(x, OPERAND: tl.constexpr):
     """x in float32, in the register layout of a product's result: as what is added to a product of zeros."""
     return tl.dot(tl.zeros((x.shape[0], 16), OPERAND), tl.zeros((16, x.shape[1]), OPERAND), x.to(tl.float32))
 
@@ -154,7 +164,7 @@ def _again(
     if C.PARAMETER:
         x = _load(pointer, strides, batch, head, column, inside, column < C.D, PAD, C)
         x = _plus_encoding(x, e_ptr, e_strides, head, column, inside, column < C.D, C)
-        x = _to_product_layout(x, OPERAND)
+        x = _added_to_product(x, OPERAND)
         return x, PHI(x, a, C.EXPONENT)
     else:
         return x, phi
@@ -167,6 +177,7 @@ def single_forward_kernel(
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The forward pass of those of ``programs`` sequences and heads that are this one's turn."""
+    wait_for_inputs()
     HALVES: tl.constexpr = 2 if C.SIGNED else 1
     d, n = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_N)
     queries, keys = n < query_length, n < key_length
@@ -211,6 +222,7 @@ def single_backward_kernel(
     C: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of a sequence and head: the gradients that have a pointer."""
+    wait_for_inputs()
     HALVES: tl.constexpr = 2 if C.SIGNED else 1
     batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     d, n = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_N)
@@ -228,14 +240,14 @@ def single_backward_kernel(
     if C.MEAN:
         scale = one
     k = _plus_encoding(k, e_ptr, e_strides, head, d, keys, d < C.D, C)
-    k, q = _to_product_layout(k, OPERAND), _to_product_layout(q, OPERAND)
+    k, q = _added_to_product(k, OPERAND), _added_to_product(q, OPERAND)
     phi_k, phi_q = PHI(k, a, C.EXPONENT), PHI(q, a, C.EXPONENT)
     q_operands = _operands(phi_q, None, OPERAND, C)
     k_operands = _operands(phi_k * factor, w, OPERAND, C)
     cos, sin = 0.0, 0.0
     if C.ROPE:
         rope = _load(rope_ptr, rope_strides, 0, head, d, queries, d < C.D, 0.0, C)
-        cos, sin = tl.split(tl.reshape(_to_product_layout(rope, OPERAND), C.BLOCK_N, C.BLOCK_D // 2, 2))
+        cos, sin = tl.split(tl.reshape(_added_to_product(rope, OPERAND), C.BLOCK_N, C.BLOCK_D // 2, 2))
     turned_q = _turned(phi_q, q_operands[0], None, cos, sin, OPERAND, C)
     turned_k = _turned(phi_k * factor, k_operands[0], w, cos, sin, OPERAND, C)
     for half in tl.static_range(HALVES):
@@ -313,6 +325,7 @@ def plain_single_forward_kernel(
     scale, eps, PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The forward pass of those of ``programs`` sequences and heads that are this one's turn."""
+    wait_for_inputs()
     d, c, n = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV), tl.arange(0, C.BLOCK_N)
     queries, keys = n < query_length, n < key_length
     one = 1.0 / tl.maximum(key_length, 1).to(tl.float32)
@@ -343,19 +356,21 @@ def plain_single_backward_kernel(
     PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The backward pass of those of ``programs`` sequences and heads that are this one's turn."""
+    wait_for_inputs()
     d, c, n = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV), tl.arange(0, C.BLOCK_N)
     queries, keys = n < query_length, n < key_length
     one = 1.0 / tl.maximum(key_length, 1).to(tl.float32)
     if C.MEAN:
         scale = one
     least = tl.where(queries[:, None], eps, 1.0)
+    identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     batch, head, more = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.num_programs(0) // heads
     for _ in range(tl.program_id(0), programs, tl.num_programs(0)):
         k = _load(k_ptr, k_strides, batch.to(tl.int64), head, d, keys, d < C.D, 0.0, C)
         q = _load(q_ptr, q_strides, batch.to(tl.int64), head, d, queries, d < C.D, 0.0, C)
         v = _load(v_ptr, v_strides, batch.to(tl.int64), head, c, keys, c < C.DV, 0.0, C).to(OPERAND)
         do = _load(do_ptr, do_strides, batch.to(tl.int64), head, c, queries, c < C.DV, 0.0, C).to(OPERAND)
-        k, q = _to_product_layout(k, OPERAND), _to_product_layout(q, OPERAND)
+        k, q = _to_product_layout(fast_finite(k), identity, OPERAND), _to_product_layout(q, identity, OPERAND)
         phi_k = tl.where(keys[:, None] & (d < C.D)[None, :], PHI(k, 1.0, C.EXPONENT), 0.0)
         phi_q = PHI(q, 1.0, C.EXPONENT)
         k_operand, q_operand = phi_k.to(OPERAND), phi_q.to(OPERAND)

@@ -93,6 +93,23 @@ def _inverse_nvidia(x):
 
 
 @jit
+def finite(x):
+    """x, but not below the least number, so that it is zero times zero."""
+    return tl.maximum(x.to(tl.float32), -3.3895e38, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+
+
+@jit
+def _finite_nvidia(x):
+    if x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 least; mov.b32 least, 0xFF7FFF7F; max.NaN.bf16x2 $0, $1, least;}", "=r,r", [x],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return finite(x)
+
+
+@jit
 def same(x, zero):
     return x
 
@@ -114,16 +131,35 @@ def _computed_here(x, zero):
 NVIDIA = HAS_TRITON and not INTERPRETING and torch.version.hip is None
 if NVIDIA:
     fast_exp_to_one = _exp_to_one_nvidia
+    fast_finite = _finite_nvidia
     fast_inverse = _inverse_nvidia
     fast_log2 = tl.extra.cuda.libdevice.fast_log2f
     fast_rounded_parts = _rounded_parts_nvidia
     computed_here = _computed_here
 else:
     fast_exp_to_one = exp_to_one
+    fast_finite = finite
     fast_inverse = inverse
     fast_log2 = log2
     fast_rounded_parts = rounded_parts
     computed_here = same
+
+
+@jit
+def no_wait():
+    pass
+
+
+@jit
+def _wait_nvidia():
+    if tl.target_info.cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_wait()
+
+
+# What every kernel begins with: from Hopper on, a launch starts while the one before it ends ("programmatic dependent
+# launch"), and must not touch memory until that has written all of its own. The one before does not let it start
+# earlier: its programs would then be spread unevenly over the multiprocessors (some percent to 30 % slower).
+wait_for_inputs = _wait_nvidia if NVIDIA else no_wait
 
 
 @jit
@@ -142,12 +178,17 @@ def share(length, part, parts, BLOCK: tl.constexpr):
 
 
 def launch_options(
-    num_warps: int, num_stages: int = 1, maxnreg: int | None = None, hip: bool = torch.version.hip is not None
-) -> dict:
-    """Options of a launch; pipelines need more shared memory than AMD has, and the limit of registers is NVIDIA's."""
+    num_warps: int, num_stages: int = 1, maxnreg: int | None = None, hip: bool = torch.version.hip is not None,
+    overlap: bool = False,
+) -> dict:  # fmt: skip
+    """Options of a launch; pipelines need more shared memory than AMD has, and the limit of registers is NVIDIA's.
+
+    ``overlap`` is whether it starts before the end of the launch before it: see ``wait_for_inputs``.
+    """
     if hip:
         return dict(num_warps=num_warps, num_stages=1)
-    return dict(num_warps=num_warps, num_stages=num_stages) | ({} if maxnreg is None else dict(maxnreg=maxnreg))
+    options = dict(num_warps=num_warps, num_stages=num_stages, launch_pdl=overlap)
+    return options if maxnreg is None else options | dict(maxnreg=maxnreg)
 
 
 def is_eager(x: Tensor) -> bool:
@@ -189,7 +230,9 @@ class Launch:
         if INTERPRETING:
             self.kernel[self.grid](*values)
         else:
-            self.compiled = self.kernel[self.grid](*values, **launch_options(**self.options))
+            overlap = NVIDIA and torch.cuda.get_device_capability() >= (9, 0)
+            options = launch_options(**self.options, overlap=overlap)
+            self.compiled = self.kernel[self.grid](*values, **options)
 
 
 class Record:

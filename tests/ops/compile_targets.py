@@ -5,8 +5,10 @@
 Run on its own (and by test_compile_targets.py), because it needs Triton without its interpreter.
 """
 
+import re
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -18,6 +20,7 @@ from flash_bla.ops import triton_activations as activations
 from flash_bla.ops import triton_depthwise_conv as conv
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
+from flash_bla.ops import triton_loops as loops
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_plain as plain
 from flash_bla.ops import triton_polarity as polarity
@@ -152,8 +155,22 @@ def compile_launch(launch, target, precision):
                 elif stride % 16 == 0:
                     aligned[(i, j)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = support.launch_options(**launch.options, hip=target.backend == "hip")
+    options = support.launch_options(**launch.options, hip=target.backend == "hip", overlap=overlaps(target))
     return triton.compile(source, target=target, options=options)
+
+
+def overlaps(target):
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def check_wait(compiled, target, what):
+    """A kernel that may start before the end of the one before waits for it before it touches memory."""
+    instructions = re.findall(
+        r"griddepcontrol\.wait|(?:ld|st|atom|red|cp\.async[.\w]*)\.global|cp\.async", compiled.asm["ptx"]
+    )
+    if overlaps(target):
+        assert instructions[0] == "griddepcontrol.wait", f"{what} touches memory before it waits"
+    assert instructions.count("griddepcontrol.wait") == overlaps(target), what
 
 
 def main(targets):
@@ -182,6 +199,7 @@ def main(targets):
         target, limit = TARGETS[name]
         # as an import on such a machine does
         hip = target.backend == "hip"
+        triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda target=target: target))
         feature_maps.fast_log2 = support.log2 if hip else support.fast_log2
         feature_maps.fast_exp_to_one = support.exp_to_one if hip else support.fast_exp_to_one
         elu1 = list(feature_maps.TRITON_FEATURE_MAPS["elu1"])
@@ -192,6 +210,8 @@ def main(targets):
             kernels.fast_rounded_parts = support.rounded_parts if hip else support.fast_rounded_parts
         for kernels in (plain, single):
             kernels.fast_inverse = support.inverse if hip else support.fast_inverse
+        for kernels in (plain, loops, single):
+            kernels.fast_finite = support.finite if hip else support.fast_finite
         signed.computed_here = support.same if hip else support.computed_here
         most, count = (0, ""), 0
         for label, dtype, run in runs:
@@ -199,8 +219,11 @@ def main(targets):
                 continue
             precision = support.precision(dtype, hip=hip)
             for launch in [launch for record in run() for launch in record.launches]:
-                shared = compile_launch(launch, target, precision).metadata.shared / 1024
+                compiled = compile_launch(launch, target, precision)
+                shared = compiled.metadata.shared / 1024
                 what = f"{launch.kernel.__name__}, {label}"
+                if target.backend == "cuda":
+                    check_wait(compiled, target, f"{name}: {what}")
                 assert shared <= limit, f"{name}: {what} needs {shared:.0f} KiB of shared memory of {limit}"
                 most, count = max(most, (shared, what)), count + 1
         print(f"{name}: {count} kernels, at most {most[0]:.0f} of {limit} KiB of shared memory ({most[1]})", flush=True)
