@@ -322,10 +322,11 @@ def test_a_large_eps_and_several_turns(shape, feature_map, eps):
         assert (got - want).norm() <= TOLERANCE[torch.bfloat16] * want.norm()
 
 
+@pytest.mark.parametrize("length", [20, 50, 300], ids="{} tokens".format)  # one tile, one launch, several
 @pytest.mark.parametrize("feature_map", ["elu1", "relu"])
-def test_infinite_keys_have_no_feature(feature_map):
+def test_infinite_keys_have_no_feature(feature_map, length):
     generator = torch.Generator().manual_seed(0)
-    q, k, v, do = torch.randn(4, 1, 1, 20, 16, generator=generator).to(DEVICE, torch.bfloat16).unbind(0)
+    q, k, v, do = torch.randn(4, 1, 1, length, 16, generator=generator).to(DEVICE, torch.bfloat16).unbind(0)
     k[0, 0, 1] = float("-inf")
     k[0, 0, 2, 3] = float("-inf")
     results = []
