@@ -50,7 +50,7 @@ def linear_attention(
 
     Args:
         q: Queries ``(B, H, N, D)``; any strides here and below.
-        k: Keys ``(B, H, M, D)``.
+        k: Keys ``(B, H, M, D)``, finite: what leaves keys out is ``key_weight``.
         v: Values ``(B, H, M, Dv)``, of the dtype of q and k: float16, bfloat16, float32 or float64.
         feature_map: φ: None (identity), ``"elu1"`` (elu + 1), ``"relu"``, or what ``focusing_power(scale)`` or
             ``signed_power(power)`` return. With ``signed_power`` Dv must be even, and ``rope`` is not possible.

@@ -5,7 +5,7 @@ For equations and names see triton_kernels.py.
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import fast_finite, jit, tl
+from flash_bla.ops.triton_support import jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_rows,
     _both_by_head,
@@ -353,7 +353,7 @@ def differentiate_keys(
         n = start + tl.arange(0, C.BLOCK_N)
         inside = n < end
         mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
-        k = _to_product_layout(fast_finite(tl.load(k_ptr + k_tile, mask=mask, other=0.0)), identity, OPERAND)
+        k = _to_product_layout(tl.load(k_ptr + k_tile, mask=mask, other=0.0), identity, OPERAND)
         if e_ptr is not None:
             k += _to_product_layout(tl.load(e_ptr + e_tile, mask=mask, other=0.0), identity, OPERAND)
             e_ptr = _next(e_ptr, e_strides, C)

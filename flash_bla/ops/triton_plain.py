@@ -11,7 +11,7 @@ For equations and names see triton_kernels.py.
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import fast_finite, fast_inverse, jit, tl
+from flash_bla.ops.triton_support import fast_inverse, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_products,
     _both_by_head,
@@ -260,7 +260,7 @@ def differentiate_plain_keys(
         inside = tl.arange(0, C.BLOCK_N) < end - start
         k = tl.load(k_ptr + k_tile, mask=inside[:, None] & exists[None, :], other=0.0)
         v = tl.load(v_ptr + v_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
-        k = _to_product_layout(fast_finite(k), identity, OPERAND)
+        k = _to_product_layout(k, identity, OPERAND)
         if e_ptr is not None:
             e = tl.load(e_ptr + e_tile, mask=inside[:, None] & exists[None, :], other=0.0)
             k += _to_product_layout(e, identity, OPERAND)

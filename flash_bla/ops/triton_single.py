@@ -21,7 +21,6 @@ from flash_bla.ops.triton_kernels import _store_parameter_gradient
 from flash_bla.ops.triton_plain import _by_thread, _to_value_columns
 from flash_bla.ops.triton_support import (
     NOT_SPECIALIZED,
-    fast_finite,
     fast_inverse,
     fast_rounded_parts,
     jit,
@@ -370,7 +369,7 @@ def plain_single_backward_kernel(
         q = _load(q_ptr, q_strides, batch.to(tl.int64), head, d, queries, d < C.D, 0.0, C)
         v = _load(v_ptr, v_strides, batch.to(tl.int64), head, c, keys, c < C.DV, 0.0, C).to(OPERAND)
         do = _load(do_ptr, do_strides, batch.to(tl.int64), head, c, queries, c < C.DV, 0.0, C).to(OPERAND)
-        k, q = _to_product_layout(fast_finite(k), identity, OPERAND), _to_product_layout(q, identity, OPERAND)
+        k, q = _to_product_layout(k, identity, OPERAND), _to_product_layout(q, identity, OPERAND)
         phi_k = tl.where(keys[:, None] & (d < C.D)[None, :], PHI(k, 1.0, C.EXPONENT), 0.0)
         phi_q = PHI(q, 1.0, C.EXPONENT)
         k_operand, q_operand = phi_k.to(OPERAND), phi_q.to(OPERAND)

@@ -93,23 +93,6 @@ def _inverse_nvidia(x):
 
 
 @jit
-def finite(x):
-    """x, but not below the least number, so that it is zero times zero."""
-    return tl.maximum(x.to(tl.float32), -3.3895e38, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
-
-
-@jit
-def _finite_nvidia(x):
-    if x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "{.reg .b32 least; mov.b32 least, 0xFF7FFF7F; max.NaN.bf16x2 $0, $1, least;}", "=r,r", [x],
-            dtype=tl.bfloat16, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return finite(x)
-
-
-@jit
 def same(x, zero):
     return x
 
@@ -131,14 +114,12 @@ def _computed_here(x, zero):
 NVIDIA = HAS_TRITON and not INTERPRETING and torch.version.hip is None
 if NVIDIA:
     fast_exp_to_one = _exp_to_one_nvidia
-    fast_finite = _finite_nvidia
     fast_inverse = _inverse_nvidia
     fast_log2 = tl.extra.cuda.libdevice.fast_log2f
     fast_rounded_parts = _rounded_parts_nvidia
     computed_here = _computed_here
 else:
     fast_exp_to_one = exp_to_one
-    fast_finite = finite
     fast_inverse = inverse
     fast_log2 = log2
     fast_rounded_parts = rounded_parts
@@ -172,9 +153,11 @@ def tile_pointers(base, rows, columns, stride_row, stride_column):
 @jit
 def share(length, part, parts, BLOCK: tl.constexpr):
     """First row and end of one of so many parts of a sequence: whole blocks, spread evenly."""
-    chunk = tl.cdiv(tl.cdiv(length, parts), BLOCK) * BLOCK
-    begin = part * chunk
-    return begin, tl.minimum(begin + chunk, length)
+    blocks = tl.cdiv(length, BLOCK)
+    each, more = blocks // parts, blocks % parts
+    begin = part * each + tl.minimum(part, more)
+    end = begin + each + tl.where(part < more, 1, 0)
+    return begin * BLOCK, tl.minimum(end * BLOCK, length)
 
 
 def launch_options(

@@ -46,7 +46,11 @@ def _place(heads, cu_seqlens, length, C: tl.constexpr):
     """Sequence, batch index, first of the group's heads, first row and number of rows of this program."""
     groups = tl.cdiv(heads, C.GROUP)
     sequence = (tl.program_id(0) // groups).to(tl.int64)
-    head = tl.program_id(0) % groups * C.GROUP
+    group = tl.program_id(0) % groups
+    if C.GROUP > 1:
+        # A last group of fewer heads is not always the same programs', or they would meet on the same multiprocessors.
+        group = (group + tl.program_id(1) + tl.program_id(0) // groups // 64) % groups
+    head = group * C.GROUP
     if C.VARLEN:
         first = tl.load(cu_seqlens + sequence)
         return sequence, 0, head, first, tl.load(cu_seqlens + sequence + 1) - first

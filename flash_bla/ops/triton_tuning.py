@@ -59,7 +59,7 @@ _PLAIN = {
     key_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
     forward_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
     backward_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, None)),
-    single_forward_kernel: (Tuning(0, 5, 2, None, True), Tuning(0, 3, 2, None, True)),
+    single_forward_kernel: (Tuning(0, 5, 3, None, True), Tuning(0, 3, 2, None, True)),
     single_backward_kernel: (Tuning(0, 4, 1, 128), Tuning(0, 2, 1, None)),
     plain_single_forward_kernel: (Tuning(0, 4, 3, None, True), Tuning(0, 3, 2, None, True)),
     plain_single_backward_kernel: (Tuning(0, 3, 3, 168, True), Tuning(0, 3, 3, 168, True)),  # narrow heads alone
@@ -69,12 +69,15 @@ TUNING = {
     "rope": _PLAIN
     | {
         state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
+        output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 4, 3, 128)),
+        query_gradient_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         key_gradient_kernel: (Tuning(64, 3, 3, 168), Tuning(32, 2, 3, None)),
     },
     "focusing": _PLAIN
     | {
         state_kernel: (Tuning(64, 4, 1, 128), Tuning(64, 4, 1, 128)),
-        query_gradient_kernel: (Tuning(32, 3, 2, 168), Tuning(32, 2, 3, None)),
+        forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
+        query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
     },
     "signed": {
         signed_state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
@@ -130,7 +133,7 @@ def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool,
     wide = max(block_d, block_dv) > 64 or size > 2
     if wide:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
-    extras = config.ROPE or config.DECOUPLED or config.PARAMETER or config.KEY_WEIGHT
+    extras = config.ROPE or config.DECOUPLED or config.KEY_WEIGHT and not config.PARAMETER
     if kernel in (forward_kernel, backward_kernel) and extras:  # their pipelines would need too much of both
         tuning = tuning._replace(num_stages=1)
     return config._replace(BLOCK_N=block_n), tuning

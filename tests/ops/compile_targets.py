@@ -20,7 +20,6 @@ from flash_bla.ops import triton_activations as activations
 from flash_bla.ops import triton_depthwise_conv as conv
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
-from flash_bla.ops import triton_loops as loops
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_plain as plain
 from flash_bla.ops import triton_polarity as polarity
@@ -210,8 +209,6 @@ def main(targets):
             kernels.fast_rounded_parts = support.rounded_parts if hip else support.fast_rounded_parts
         for kernels in (plain, single):
             kernels.fast_inverse = support.inverse if hip else support.fast_inverse
-        for kernels in (plain, loops, single):
-            kernels.fast_finite = support.finite if hip else support.fast_finite
         signed.computed_here = support.same if hip else support.computed_here
         most, count = (0, ""), 0
         for label, dtype, run in runs:

@@ -320,19 +320,3 @@ def test_a_large_eps_and_several_turns(shape, feature_map, eps):
         results.append((o, *torch.autograd.grad(o, inputs, do.to(dtype))))
     for got, want in zip(*results, strict=True):
         assert (got - want).norm() <= TOLERANCE[torch.bfloat16] * want.norm()
-
-
-@pytest.mark.parametrize("length", [20, 50, 300], ids="{} tokens".format)  # one tile, one launch, several
-@pytest.mark.parametrize("feature_map", ["elu1", "relu"])
-def test_infinite_keys_have_no_feature(feature_map, length):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, do = torch.randn(4, 1, 1, length, 16, generator=generator).to(DEVICE, torch.bfloat16).unbind(0)
-    k[0, 0, 1] = float("-inf")
-    k[0, 0, 2, 3] = float("-inf")
-    results = []
-    for dtype, backend in ((torch.bfloat16, "triton"), (torch.float64, "reference")):
-        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        o = linear_attention(*inputs, feature_map=feature_map, backend=backend)
-        results.append((o, *torch.autograd.grad(o, inputs, do.to(dtype))))
-    for got, want in zip(*results, strict=True):
-        assert (got - want).norm() <= TOLERANCE[torch.bfloat16] * want.norm()
