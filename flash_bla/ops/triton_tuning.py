@@ -48,41 +48,45 @@ class Tuning(NamedTuple):
 
 
 # For tiles of at most 32 columns, and for wider ones; `python -m benchmarks.tune` finds those of another chip. Rotary
-# encodings and the softmax, the focusing map, and the map of two signs differ where they take more registers. Tiles of
-# 128 columns have a table of their own on Hopper chips: a product there takes 64 rows for each four warps, and would be
-# computed twice by eight of them if the tile had no more.
+# encodings, the softmax (with one), the focusing map, and the map of two signs differ where they take more registers.
+# Tiles of 128 columns have a table of their own on Hopper chips: a product there takes 64 rows for each four warps, and
+# would be computed twice by eight of them if the tile had no more.
 _PLAIN = {
     query_sum_kernel: (Tuning(64, 8, 1, None), Tuning(64, 8, 1, None)),
-    state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+    state_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, None)),
     output_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
     query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
-    key_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
+    key_gradient_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
     forward_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
     backward_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, None)),
-    single_forward_kernel: (Tuning(0, 5, 3, None, True), Tuning(0, 3, 2, None, True)),
+    single_forward_kernel: (Tuning(0, 5, 3, None, True), Tuning(0, 4, 2, 128, True)),
     single_backward_kernel: (Tuning(0, 4, 1, 128), Tuning(0, 2, 1, None)),
     plain_single_forward_kernel: (Tuning(0, 4, 3, None, True), Tuning(0, 3, 2, None, True)),
     plain_single_backward_kernel: (Tuning(0, 3, 3, 168, True), Tuning(0, 3, 3, 168, True)),  # narrow heads alone
 }
+_ROPE = _PLAIN | {
+    state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+    output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 4, 3, 128)),
+    query_gradient_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+}
 TUNING = {
     "plain": _PLAIN,
-    "rope": _PLAIN
+    "rope": _ROPE,
+    "softmax": _ROPE
     | {
         state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 4, 3, 128)),
-        query_gradient_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
-        key_gradient_kernel: (Tuning(64, 3, 3, 168), Tuning(32, 2, 3, None)),
+        output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 4, 4, 128)),
     },
     "focusing": _PLAIN
     | {
-        state_kernel: (Tuning(64, 4, 1, 128), Tuning(64, 4, 1, 128)),
+        state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
     },
     "signed": {
-        signed_state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
+        signed_state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        signed_sum_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+        signed_sum_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
         signed_query_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_key_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
@@ -109,7 +113,9 @@ def tuning_table(C: Config, dtype: torch.dtype, hopper: bool) -> dict:
         return TUNING["wide"]
     if C.PARAMETER:
         return TUNING["focusing"]
-    return TUNING["rope" if C.ROPE or C.SOFTMAX else "plain"]
+    if C.SOFTMAX:
+        return TUNING["softmax"]
+    return TUNING["rope" if C.ROPE else "plain"]
 
 
 @lru_cache(maxsize=1024)
