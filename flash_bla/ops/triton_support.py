@@ -212,7 +212,10 @@ class Record:
         inputs = [
             None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META) for x in tensors
         ]
+        self._last: dict[Callable, list] = {}
         outputs = function(self, *inputs, *options)
+        for last, items in self._last.items():
+            last(self, items)
         self._is_tuple = isinstance(outputs, tuple)
         self._lay_out(inputs, outputs if self._is_tuple else (outputs,))
 
@@ -245,6 +248,10 @@ class Record:
         if min(grid) > 0:
             options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
             self.launches.append(Launch(kernel, grid, [arguments[name] for name in kernel.arg_names], options))
+
+    def at_end(self, function: Callable, item: Any) -> None:
+        """Calls ``function(record, items)`` when all else is recorded, once for all items that it is given."""
+        self._last.setdefault(function, []).append(item)
 
     def _lay_out(self, inputs: list[Tensor | None], outputs: tuple[Tensor | None, ...]) -> None:
         """Numbers all tensors: inputs, copies, outputs and zeros, then one allocation for what else there is."""
