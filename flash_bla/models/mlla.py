@@ -9,12 +9,21 @@ from typing import Any
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, LayerNorm, Linear, apply_linear, apply_pair, convolve_and_norm
+from flash_bla.layers import (
+    DepthwiseConv,
+    LayerNorm,
+    Linear,
+    MambaLikeLinearAttention,
+    apply_linear,
+    convolve_and_norm,
+)
+from flash_bla.layers.hooks import is_plain
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
 from flash_bla.models.registry import Family
 from flash_bla.ops import linear
+from flash_bla.ops.mamba_like import mamba_like_mixer
 
 NORM_EPS = 1e-5
 
@@ -144,11 +153,19 @@ class MambaLikeBlock(Block):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
         y, x = convolve_and_norm(self.cpe1, self.norm1, x, grid)
-        gate, y = apply_pair(self.act_proj, self.in_proj, y)
-        y = self.attn(self.dwc(y, grid, activation="silu"), grid)
-        y = self.drop_path1(apply_linear(self.out_proj, y, gate=gate))
-        y, x = convolve_and_norm(self.cpe2, self.norm2, x, grid, add=y)
+        y, x = convolve_and_norm(self.cpe2, self.norm2, x, grid, add=self.drop_path1(self._mix(y, grid)))
         return x + self.drop_path2(self.mlp(y))
+
+    def _mix(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        attn = self.attn
+        if is_plain(attn, MambaLikeLinearAttention) and isinstance(x, Tensor):  # torch.fx sees the layers
+            layers = self.act_proj, self.in_proj, self.dwc, attn.qk, attn.lepe, self.out_proj
+            classes = Linear, Linear, DepthwiseConv, Linear, DepthwiseConv, Linear
+            if all(map(is_plain, layers, classes)):
+                parameters = [x for layer in layers for x in (layer.weight, layer.bias)]
+                return mamba_like_mixer(x, grid, attn.num_heads, attn.rope(x, grid), *parameters)
+        v = self.dwc(self.in_proj(x), grid, activation="silu")
+        return apply_linear(self.out_proj, attn(v, grid), gate=self.act_proj(x))
 
 
 class MLLA(HierarchicalBackbone):

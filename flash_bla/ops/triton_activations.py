@@ -5,6 +5,8 @@ The activations' gradients give their value once more, which then need not be ke
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,7 @@ def _store(base, at, length, value):
 
 
 @jit
-def cast_kernel(
-    weight_ptr, w_ptr, bias_ptr, b_ptr, factor_ptr, rows, columns, weight2_ptr, w2_ptr, bias2_ptr, b2_ptr, rows2,
-    columns2, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Copies in another type of weight (rows, columns) and bias, each row times its factor, and of another layer's."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _cast(weight_ptr, w_ptr, bias_ptr, b_ptr, rows, columns, factor_ptr, at):
     weight = _load(weight_ptr, at, rows * columns)
     if factor_ptr is not None:
         weight *= _load(factor_ptr, at // columns, rows)
@@ -44,10 +41,23 @@ def cast_kernel(
         if factor_ptr is not None:
             bias *= _load(factor_ptr, at, rows)
         _store(b_ptr, at, rows, bias)
-    if w2_ptr is not None:
-        _store(w2_ptr, at, rows2 * columns2, _load(weight2_ptr, at, rows2 * columns2))
-    if b2_ptr is not None:
-        _store(b2_ptr, at, rows2, _load(bias2_ptr, at, rows2))
+
+
+@jit
+def cast_kernel(
+    weight_ptr, w_ptr, bias_ptr, b_ptr, rows, columns, weight_ptr2, w_ptr2, bias_ptr2, b_ptr2, rows2, columns2,
+    weight_ptr3, w_ptr3, bias_ptr3, b_ptr3, rows3, columns3, weight_ptr4, w_ptr4, bias_ptr4, b_ptr4, rows4, columns4,
+    factor_ptr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copies of layers' weights (rows, columns) and biases in another type; of the first, each row times its factor."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _cast(weight_ptr, w_ptr, bias_ptr, b_ptr, rows, columns, factor_ptr, at)
+    if w_ptr2 is not None:
+        _cast(weight_ptr2, w_ptr2, bias_ptr2, b_ptr2, rows2, columns2, None, at)
+    if w_ptr3 is not None:
+        _cast(weight_ptr3, w_ptr3, bias_ptr3, b_ptr3, rows3, columns3, None, at)
+    if w_ptr4 is not None:
+        _cast(weight_ptr4, w_ptr4, bias_ptr4, b_ptr4, rows4, columns4, None, at)
 
 
 @jit
@@ -104,21 +114,21 @@ def gelu_gradient_kernel(
     _store(y_ptr, at, length, GELU(x))
 
 
-def record_casts(
-    record: Record, weight: Tensor, bias: Tensor | None, weight2: Tensor | None, bias2: Tensor | None,
-    dtype: torch.dtype, factor: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Weight and bias of a layer, times a factor for each row, and those of a second one, in another type."""
-    originals = weight, bias, weight2, bias2
-    copies = [None if x is None else record.new_empty(x.shape, dtype) for x in originals]
-    rows, columns = weight.shape
-    arguments = dict(factor_ptr=record.contiguous(factor), rows=rows, columns=columns, BLOCK=BLOCK)
-    arguments["rows2"], arguments["columns2"] = (0, 0) if weight2 is None else weight2.shape
-    names = (("weight", "w"), ("bias", "b"), ("weight2", "w2"), ("bias2", "b2"))
-    for (name, copy_name), original, copy in zip(names, originals, copies, strict=True):
-        arguments |= {f"{name}_ptr": record.contiguous(original), f"{copy_name}_ptr": copy}
-    length = max(x.numel() for x in originals if x is not None)
-    record.launch(cast_kernel, (cdiv(length, BLOCK), 1, 1), arguments)
+def record_casts(record: Record, *arguments: Any, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """Up to four layers' weights and biases in a type, the last argument; the first's rows times factors."""
+    *parameters, dtype = arguments
+    copies = [None if x is None else record.new_empty(x.shape, dtype) for x in parameters]
+    launch = dict.fromkeys(cast_kernel.arg_names) | dict(factor_ptr=record.contiguous(factor), BLOCK=BLOCK)
+    for i in range(0, len(parameters), 2):
+        weight, bias = parameters[i : i + 2]
+        rows, columns = weight.shape
+        layer = dict(
+            weight_ptr=record.contiguous(weight), w_ptr=copies[i], bias_ptr=record.contiguous(bias),
+            b_ptr=copies[i + 1], rows=rows, columns=columns,
+        )  # fmt: skip
+        launch |= {f"{name}{i // 2 + 1 if i else ''}": value for name, value in layer.items()}
+    length = max(x.numel() for x in parameters if x is not None)
+    record.launch(cast_kernel, (cdiv(length, BLOCK), 1, 1), launch)
     return tuple(copies)
 
 
@@ -127,13 +137,8 @@ def record_operands(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """x · silu(gate), if there is a gate; weight and bias in another type, times a factor for each row."""
-    w, b, *_ = record_casts(record, weight, bias, None, None, dtype, factor)
+    w, b = record_casts(record, weight, bias, dtype, factor=factor)
     return None if gate is None else record_gate(record, x, gate), w, b
-
-
-def record_two_sums(record: Record, x: Tensor | None, y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The sums of the columns of two matrices."""
-    return tuple(None if z is None else column_sums(record, z) for z in (x, y))
 
 
 def record_mlp_gradients(
