@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -53,75 +51,97 @@ def mamba_like_mixer(
     return linear(o, *out_layer, gate=gate, backend=backend)
 
 
-def record_attention(
-    record: Record, gate: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+def record_convolution(
+    record: Record, x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], grid: tuple[int, int]
+) -> Tensor:
+    """The convolution of tokens ``(B·N, C)``, as they are in all of these functions; size is (B, N)."""
+    x = x.unflatten(0, size)
+    return conv.record_forward(record, x, weight, bias, None, None, *grid, *SILU).flatten(0, 1)
+
+
+def _attention_inputs(
+    qk: Tensor, v: Tensor, rope: Tensor, size: tuple[int, int], num_heads: int
 ) -> tuple[Tensor | None, ...]:
-    """The attention's output times the gate, that without it, and the state; arguments are those of the attention."""
-    o, _, state, _ = attention_dwc.record_forward(record, weight, bias, *arguments)
+    """q and v, the rotary encoding and what the attention does without."""
+    q = qk.view(*size, 2, num_heads, qk.shape[1] // (2 * num_heads))
+    tensors, options = attention.operator_arguments(q, None, v.unflatten(0, size), FEATURE_MAP, rope=rope)
+    return *tensors, options
+
+
+def record_attention(
+    record: Record, gate: Tensor, weight: Tensor, bias: Tensor | None, qk: Tensor, v: Tensor, rope: Tensor,
+    size: tuple[int, int], num_heads: int, grid: tuple[int, int],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The attention's output times the gate, that without it, and the state."""
+    inputs = _attention_inputs(qk, v, rope, size, num_heads)
+    o, _, state, _ = attention_dwc.record_forward(record, weight, bias, *inputs, True, grid)
+    o = o.flatten(0, 1)
     return record_gate(record, o, gate), o, state
 
 
 def record_attention_gradients(
-    record: Record, dy: Tensor, d_gated: Tensor, gate: Tensor, o: Tensor, state: Tensor | None, *arguments: Any
-) -> tuple[Tensor | None, ...]:
+    record: Record, dy: Tensor, d_gated: Tensor, o: Tensor, state: Tensor | None, gate: Tensor, weight: Tensor,
+    bias: Tensor | None, qk: Tensor, v: Tensor, rope: Tensor, size: tuple[int, int], num_heads: int,
+    grid: tuple[int, int], needed: tuple[bool, bool], of_qk: bool, of_layer: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The layer's input, and gradients of gate, q, v, filters, their bias and the biases of q and k and of the layer.
 
     From the gradients of output and input of the layer that follows the gate.
     """
-    *arguments, needed, grid, of_qk, of_layer = arguments
     do, d_gate, gated = record_gate_gradient(record, d_gated, o, gate, True)
+    inputs = _attention_inputs(qk, v, rope, size, num_heads)
     d_weight, d_bias, dq, _, dv, *_ = attention_dwc.record_backward(
-        record, do, None, state, None, *arguments, needed, grid
+        record, do.unflatten(0, size), None, state, None, weight, bias, *inputs, needed, grid
     )
-    d_bias_qk = column_sums(record, dq.flatten(2).flatten(0, 1)) if of_qk else None
-    d_bias_layer = column_sums(record, dy) if of_layer else None
-    return gated, d_gate, dq, dv, d_weight, d_bias, d_bias_qk, d_bias_layer
+    dq = dq.view(qk.shape)
+    d_biases = [column_sums(record, z) if of else None for z, of in ((dq, of_qk), (dy, of_layer))]
+    return gated, d_gate, dq, dv.flatten(0, 1), d_weight, d_bias, *d_biases
 
 
 def record_conv_gradients(
-    record: Record, dy: Tensor, d_gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+    record: Record, dy: Tensor, d_gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int],
     grid: tuple[int, int], needed: tuple[bool, bool], of_gate: bool, of_x: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the convolution's input, filters and bias, and of the biases of the layers before gate and input."""
-    inputs = record, dy, x, weight, bias, None, None, None, None, (True, *needed, False, False)
-    dx, d_weight, d_bias, *_ = conv.record_backward(*inputs, *grid, *SILU)
-    d_biases = [column_sums(record, z.flatten(0, 1)) if of else None for z, of in ((d_gate, of_gate), (dx, of_x))]
+    inputs = *(z.unflatten(0, size) for z in (dy, x)), weight, bias, None, None, None, None
+    dx, d_weight, d_bias, *_ = conv.record_backward(record, *inputs, (True, *needed, False, False), *grid, *SILU)
+    dx = dx.flatten(0, 1)
+    d_biases = [column_sums(record, z) if of else None for z, of in ((d_gate, of_gate), (dx, of_x))]
     return dx, d_weight, d_bias, *d_biases
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], grid: tuple[int, int]) -> None:
+    check_convolution(x.unflatten(0, size), weight, bias, None, None, *grid, *SILU)
 
 
 @eager_function
 class _Mixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, grid, num_heads, rope, dtype, wa, ba, wi, bi, *others):
-        *dwc, wq, bq, lepe_weight, lepe_bias, wo, bo = others
-        ctx.type, ctx.grid, shape = x.dtype, grid, x.shape
-        x = convert(x, dtype).reshape(-1, shape[-1])
+    def forward(ctx, x, grid, num_heads, rope, dtype, wa, ba, wi, bi, wc, bc, wq, bq, wl, bl, wo, bo):
+        ctx.type, ctx.shape = x.dtype, x.shape
+        ctx.options = tuple(x.shape[:2]), num_heads, grid
+        x = convert(x, dtype).reshape(-1, x.shape[-1])
         wa, ba, wi, bi, wq, bq, wo, bo = cast_layers((wa, ba, wi, bi, wq, bq, wo, bo), dtype)
-        gate, y = product(x, wa, ba).view(shape), product(x, wi, bi).view(shape)
-        v = run(conv.record_forward, (y, *dwc, None, None), (*grid, *SILU), check_convolution)
-        q = product(v.view(x.shape), wq, bq).view(*shape[:2], 2, num_heads, -1)
-        tensors, ctx.options = attention.operator_arguments(q, None, v, FEATURE_MAP, rope=rope)
-        tensors = lepe_weight, lepe_bias, *tensors
-        gated, o, state = run(record_attention, (gate, *tensors), (ctx.options, True, grid))
-        ctx.save_for_backward(x, wa, wi, wq, wo, v, y, *dwc, gate, o, state, *tensors)
-        return unflatten(product(gated.view(x.shape), wo, bo), shape)
+        gate, y = product(x, wa, ba), product(x, wi, bi)
+        v = run(record_convolution, (y, wc, bc), (ctx.options[0], grid), _check)
+        qk = product(v, wq, bq)
+        gated, *outputs = run(record_attention, (gate, wl, bl, qk, v, rope), ctx.options)
+        ctx.save_for_backward(x, y, wc, bc, wa, wi, wq, wo, *outputs, gate, wl, bl, qk, v, rope)
+        return unflatten(product(gated, wo, bo), ctx.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        x, wa, wi, wq, wo, v, y, wc, bc, *of_attention = ctx.saved_tensors
-        of_x, *_, of_ba, _, of_bi, of_wc, of_bc, _, of_bq, of_wl, of_bl, _, of_bo = ctx.needs_input_grad
+        x, y, wc, bc, wa, wi, wq, wo, *of_attention = ctx.saved_tensors
+        of_x, _, _, _, _, _, of_ba, _, of_bi, of_wc, of_bc, _, of_bq, of_wl, of_bl, _, of_bo = ctx.needs_input_grad
+        size, _, grid = ctx.options
         dy = dy.reshape(x.shape)
-        inputs = dy, torch.mm(dy, wo), *of_attention
-        options = ctx.options, (of_wl, of_bl), ctx.grid, of_bq, of_bo
-        gated, d_gate, dq, dv, d_wl, d_bl, d_bq, d_bo = run(record_attention_gradients, inputs, options)
-        d_wo = weight_gradient(dy, gated.view(x.shape))
-        dq = dq.view(-1, wq.shape[0])
-        d_wq = weight_gradient(dq, v.view(x.shape))
-        dv.view(x.shape).addmm_(dq, wq)
-        options = ctx.grid, (of_wc, of_bc), of_ba, of_bi
+        inputs, options = (dy, torch.mm(dy, wo), *of_attention), (*ctx.options, (of_wl, of_bl), of_bq, of_bo)
+        gated, d_gate, dqk, dv, d_wl, d_bl, d_bq, d_bo = run(record_attention_gradients, inputs, options)
+        d_wo, d_wq = weight_gradient(dy, gated), weight_gradient(dqk, of_attention[-2])
+        dv.addmm_(dqk, wq)
+        options = size, grid, (of_wc, of_bc), of_ba, of_bi
         dy, d_wc, d_bc, d_ba, d_bi = run(record_conv_gradients, (dv, d_gate, y, wc, bc), options)
-        d_gate, dy = d_gate.view(x.shape), dy.view(x.shape)
-        dx = convert(torch.mm(d_gate, wa).addmm_(dy, wi).view(y.shape), ctx.type) if of_x else None
+        dx = convert(torch.mm(d_gate, wa).addmm_(dy, wi).view(ctx.shape), ctx.type) if of_x else None
         d_wa, d_wi = weight_gradient(d_gate, x), weight_gradient(dy, x)
         of_parameters = d_wa, d_ba, d_wi, d_bi, d_wc, d_bc, d_wq, d_bq, d_wl, d_bl, d_wo, d_bo
         return dx, None, None, None, None, *of_parameters

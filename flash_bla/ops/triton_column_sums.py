@@ -1,6 +1,6 @@
 """Sums over all rows or programs in Triton, which the gradients of parameters are.
 
-A record's sums are launched at its end, two at a time: their kernels take less time than their launches.
+A record's sums are launched at its end, several at a time: their kernels take less time than their launches.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ def column_sums_kernel(
     first = programs * tl.cdiv(width, BLOCK_C)
     if program < first:
         _column_sums(x_ptr, partial_ptr, length, width, program, programs, BLOCK_M, BLOCK_C)
-    else:
-        if x_ptr2 is not None:
-            _column_sums(x_ptr2, partial_ptr2, length2, width2, program - first, programs2, BLOCK_M, BLOCK_C)
+    elif x_ptr2 is not None:
+        _column_sums(x_ptr2, partial_ptr2, length2, width2, program - first, programs2, BLOCK_M, BLOCK_C)
 
 
 @jit
@@ -63,20 +62,28 @@ def _add_shares(
             tl.store(d_bias_ptr + f, total.to(d_bias_ptr.dtype.element_ty), mask=f < filters)
 
 
-@jit(do_not_specialize=["rows", "heads", "taps", "rows2", "heads2", "taps2"])
+@jit(do_not_specialize=["rows", "heads", "taps", "rows2", "heads2", "taps2", "rows3", "heads3", "taps3"])
 def shares_kernel(
-    partial_ptr, d_weight_ptr, d_bias_ptr, rows, heads, filters, taps, partial_ptr2, d_weight_ptr2, d_bias_ptr2, rows2,
-    heads2, filters2, taps2, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    partial_ptr, d_weight_ptr, d_bias_ptr, rows, heads, filters, taps,
+    partial_ptr2, d_weight_ptr2, d_bias_ptr2, rows2, heads2, filters2, taps2,
+    partial_ptr3, d_weight_ptr3, d_bias_ptr3, rows3, heads3, filters3, taps3, BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the programs' and the heads' shares of a tap, or of a bias, always in the same order; for one or two."""
+    """Adds up the programs' and the heads' shares of a tap, or of a bias, always in the same order; of up to three."""
     program = tl.program_id(0)
     first = (taps + 1) * tl.cdiv(filters, BLOCK_F)
     if program < first:
         _add_shares(partial_ptr, d_weight_ptr, d_bias_ptr, rows, heads, filters, taps, program, BLOCK_N, BLOCK_F)
-    else:
-        if partial_ptr2 is not None:
+    elif partial_ptr2 is not None:
+        program -= first
+        second = (taps2 + 1) * tl.cdiv(filters2, BLOCK_F)
+        if program < second:
             _add_shares(
-                partial_ptr2, d_weight_ptr2, d_bias_ptr2, rows2, heads2, filters2, taps2, program - first, BLOCK_N,
+                partial_ptr2, d_weight_ptr2, d_bias_ptr2, rows2, heads2, filters2, taps2, program, BLOCK_N, BLOCK_F
+            )
+        elif partial_ptr3 is not None:
+            _add_shares(
+                partial_ptr3, d_weight_ptr3, d_bias_ptr3, rows3, heads3, filters3, taps3, program - second, BLOCK_N,
                 BLOCK_F,
             )  # fmt: skip
 
@@ -109,11 +116,11 @@ def column_sums(record: Record, x: Tensor) -> Tensor:
 
 
 def _launch(record: Record, sums: list[tuple[Any, int, dict]]) -> None:
-    """Launches kernels on so many programs, with arguments; two at a time."""
-    for kernel in (column_sums_kernel, shares_kernel):  # which adds up the former's shares
+    """Launches kernels on so many programs, with arguments; two or three at a time."""
+    for kernel, most in ((column_sums_kernel, 2), (shares_kernel, 3)):  # which adds up the former's shares
         launches = [(programs, arguments) for other, programs, arguments in sums if other is kernel]
-        for i in range(0, len(launches), 2):
-            programs, arguments = launches[i]
-            others, seconds = launches[i + 1] if i + 1 < len(launches) else (0, dict.fromkeys(arguments))
-            arguments = arguments | {f"{name}2": value for name, value in seconds.items()} | BLOCKS
-            record.launch(kernel, (programs + others, 1, 1), arguments)
+        for i in range(0, len(launches), most):
+            together = dict.fromkeys(kernel.arg_names) | BLOCKS
+            for j, (_, arguments) in enumerate(launches[i : i + most]):
+                together |= {f"{name}{j + 1 if j else ''}": value for name, value in arguments.items()}
+            record.launch(kernel, (sum(programs for programs, _ in launches[i : i + most]), 1, 1), together)

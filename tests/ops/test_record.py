@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from flash_bla.ops import add_layer_norm, depthwise_conv, linear_attention, silu_gate
-from flash_bla.ops.triton_support import HAS_TRITON
+from flash_bla.ops.triton_activations import record_mlp_gradients
+from flash_bla.ops.triton_column_sums import column_sums
+from flash_bla.ops.triton_support import HAS_TRITON, META, Record
 from tests.ops.cases import DEVICE
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -68,3 +70,12 @@ def test_gradients_of_gradients_are_refused(name):
     (gradient, *_) = torch.autograd.grad(function(*leaves, backend="triton").square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_sums_go_together():
+    x = torch.empty(64, 32, dtype=torch.bfloat16, device=META)
+    names = lambda *record: [launch.kernel.__name__ for launch in Record(*record).launches]  # noqa: E731
+    sums = ["column_sums_kernel", "shares_kernel"]
+    assert names(record_mlp_gradients, (x, x, x), (True, True)) == ["gelu_gradient_kernel", *sums]
+    five = lambda record, *tensors: tuple(column_sums(record, y) for y in tensors)  # noqa: E731
+    assert names(five, [x] * 5) == [name for name, launches in zip(sums, (3, 2), strict=True) for _ in range(launches)]
