@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,15 +109,11 @@ def _check_layer(x, gate, weight, bias, *_) -> None:
     _check_bias(weight, bias)
 
 
-def _check_layers(*arguments) -> None:
+def check_layers(*arguments) -> None:
+    """Of up to four layers' weights and biases, one after the other, and a type."""
     *parameters, _ = arguments
     for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
         _check_bias(weight, bias)
-
-
-def cast_layers(parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Sequence[Tensor | None]:
-    """Up to four layers' weights and biases, one after the other, in a type."""
-    return run(record_casts, parameters, (dtype,), _check_layers)
 
 
 def unflatten(y: Tensor, shape: tuple[int, ...], split: tuple[int, ...] = ()) -> Tensor:
@@ -173,7 +167,7 @@ class _MixedMlp(torch.autograd.Function):
     def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
         ctx.type, ctx.shape = x.dtype, x.shape
         x = convert(x, dtype).reshape(-1, x.shape[-1])
-        w1, b1, w2, b2 = cast_layers((weight1, bias1, weight2, bias2), dtype)
+        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,), check_layers)
         hidden = product(x, w1, b1)
         ctx.save_for_backward(x, hidden, w1, w2)
         return unflatten(product(F.gelu(hidden), w2, b2), ctx.shape)

@@ -1,19 +1,24 @@
-"""What stands around MLLA's attention, and that itself, in one node of autograd in eager mixed-precision training."""
+"""The two halves of MLLA's block, each as one node of autograd in eager mixed-precision training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from flash_bla.ops import conv_norm
 from flash_bla.ops import triton_depthwise_conv as conv
 from flash_bla.ops import triton_linear_attention as attention
 from flash_bla.ops import triton_linear_attention_dwc as attention_dwc
 from flash_bla.ops.arguments import autocast_dtype, convert
 from flash_bla.ops.depthwise_conv import check_convolution, check_grid, depthwise_conv
 from flash_bla.ops.feature_maps import resolve_feature_map
-from flash_bla.ops.linear import cast_layers, is_mixed, linear, product, unflatten, weight_gradient
+from flash_bla.ops.linear import check_layers, is_mixed, linear, mlp, product, unflatten, weight_gradient
 from flash_bla.ops.linear_attention import linear_attention_dwc
-from flash_bla.ops.triton_activations import record_gate, record_gate_gradient
+from flash_bla.ops.triton_activations import record_casts, record_gate, record_gate_gradient, record_mlp_gradients
 from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_support import Record, eager_function, run
 
@@ -23,32 +28,96 @@ WIDEST = 64  # heads that the attention takes in one piece in any half precision
 
 
 def mamba_like_mixer(
-    x: Tensor, grid: tuple[int, int], num_heads: int, rope: Tensor, *parameters: Tensor | None,
+    x: Tensor, grid: tuple[int, int], eps: float, num_heads: int, rope: Tensor, *parameters: Tensor | None,
     backend: str | None = None,
-) -> Tensor:  # fmt: skip
-    r"""Attention between a convolution and a gate.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    r"""Attention between a convolution and a gate, after a convolution and a norm.
 
-    .. math:: y = W_o \left(Attn(silu(DWC(W_i x))) \odot silu(W_a x)\right)
+    .. math::
+        s = x + CPE(x), \quad y = Norm(s), \quad z = W_o \left(Attn(silu(DWC(W_i y))) \odot silu(W_a y)\right)
 
     Args:
         x: Tokens ``(B, N, C)``.
         grid: (H, W), as in ``depthwise_conv``.
+        eps: ε of the norm.
         num_heads: Heads of the attention, which is that of ``MambaLikeLinearAttention``.
         rope: As in ``linear_attention``.
-        parameters: Weight and bias (or None) of W_a, W_i, DWC, the projection to q and k, LePE, and W_o.
+        parameters: Weight and bias of CPE, of the norm, W_a, W_i, DWC, the projection to q and k, LePE, and W_o. Only
+            the norm must have a bias; it is None elsewhere.
         backend: As in ``linear_attention``; ``torch.compile`` takes the operators one by one.
 
     Returns:
-        ``(B, N, C)``, under autocast in its type.
+        z and s ``(B, N, C)``, under autocast in its type.
     """
-    gate_layer, in_layer, dwc, qk, lepe, out_layer = zip(parameters[::2], parameters[1::2], strict=True)
+    cpe, norm, gate_layer, in_layer, dwc, qk, lepe, out_layer = _pairs(parameters)
     if x.shape[-1] <= WIDEST * num_heads and is_mixed(backend, x, gate_layer[0], in_layer[0], qk[0], out_layer[0]):
-        return _Mixer.apply(x, check_grid(grid), num_heads, rope, autocast_dtype(x), *parameters)
-    gate, v = linear(x, *gate_layer, backend=backend), linear(x, *in_layer, backend=backend)
+        return _Mixer.apply(x, *parameters, check_grid(grid), eps, num_heads, rope, autocast_dtype(x))
+    y, s = conv_norm.depthwise_conv_norm(x, grid, *cpe, *norm, eps, backend=backend)
+    gate, v = linear(y, *gate_layer, backend=backend), linear(y, *in_layer, backend=backend)
     v = depthwise_conv(v, grid, *dwc, activation="silu", backend=backend)
     q = linear(v, *qk, split=(2, num_heads, -1), backend=backend)
     o = linear_attention_dwc(q, grid, *lepe, v=v, feature_map=FEATURE_MAP, rope=rope, backend=backend)
-    return linear(o, *out_layer, gate=gate, backend=backend)
+    return linear(o, *out_layer, gate=gate, backend=backend), s
+
+
+def mamba_like_mlp(
+    x: Tensor, add: Tensor, grid: tuple[int, int], eps: float, *parameters: Tensor | None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""An MLP after a convolution and a norm.
+
+    .. math:: x' = x + a, \quad s = x' + CPE(x'), \quad z = W_2 \, gelu(W_1 Norm(s))
+
+    Args:
+        x: Tokens ``(B, N, C)``.
+        add: a, of the shape of x.
+        grid: (H, W), as in ``depthwise_conv``.
+        eps: ε of the norm.
+        parameters: Weight and bias of CPE, of the norm, W_1 and W_2; as in ``mamba_like_mixer``.
+        backend: As there.
+
+    Returns:
+        z and s ``(B, N, C)``, under autocast in its type.
+    """
+    cpe, norm, layer1, layer2 = _pairs(parameters)
+    if is_mixed(backend, x, layer1[0], layer2[0]):
+        return _Mlp.apply(x, add, *parameters, check_grid(grid), eps, autocast_dtype(x))
+    y, s = conv_norm.depthwise_conv_norm(x, grid, *cpe, *norm, eps, add=add, backend=backend)
+    return mlp(y, *layer1, *layer2, backend=backend), s
+
+
+def _pairs(parameters: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor | None]]:
+    return list(zip(parameters[::2], parameters[1::2], strict=True))
+
+
+def record_start(
+    record: Record, x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor | None, norm_weight: Tensor,
+    norm_bias: Tensor, *arguments: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The norm's output ``(B·N, C)``, s and x + add; then the parameters of layers in the type of x."""
+    *layers, grid, eps = arguments
+    y, s, z = conv_norm.record_forward(record, x, add, weight, bias, norm_weight, norm_bias, grid, eps)
+    return y.flatten(0, 1), s, z, *record_casts(record, *layers, x.dtype)
+
+
+def _check_start(x, add, weight, bias, norm_weight, norm_bias, *arguments) -> None:
+    *layers, grid, eps = arguments
+    conv_norm.check(x, add, weight, bias, norm_weight, norm_bias, grid, eps)
+    check_layers(*layers, x.dtype)
+
+
+def _start(ctx, x, add, of_conv_norm, layers, grid, eps, dtype) -> tuple[Tensor, Tensor, tuple, list]:
+    """The norm's output in rows, s, what is kept, and the layers' parameters in a type."""
+    ctx.type, ctx.of_conv_norm = x.dtype, (grid, eps)
+    x, add = convert(x, dtype), convert(add, dtype)
+    y, s, z, *layers = run(record_start, (x, add, *of_conv_norm, *layers), (grid, eps), _check_start)
+    return y, s, (x if z is None else z, s, *of_conv_norm), layers
+
+
+def _end(ctx, dy, ds, kept, needed) -> tuple[Tensor | None, ...]:
+    """Gradients of x + add, and of the convolution's and the norm's parameters, which may be needed."""
+    of_weight, of_bias, *of_norm = needed
+    options = *ctx.of_conv_norm, (of_weight, of_bias), any(of_norm)
+    return run(conv_norm.record_backward, (dy, ds, *kept), options)
 
 
 def record_convolution(
@@ -117,31 +186,56 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]
 @eager_function
 class _Mixer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, grid, num_heads, rope, dtype, wa, ba, wi, bi, wc, bc, wq, bq, wl, bl, wo, bo):
-        ctx.type, ctx.shape = x.dtype, x.shape
-        ctx.options = tuple(x.shape[:2]), num_heads, grid
-        x = convert(x, dtype).reshape(-1, x.shape[-1])
-        wa, ba, wi, bi, wq, bq, wo, bo = cast_layers((wa, ba, wi, bi, wq, bq, wo, bo), dtype)
-        gate, y = product(x, wa, ba), product(x, wi, bi)
-        v = run(record_convolution, (y, wc, bc), (ctx.options[0], grid), _check)
+    def forward(
+        ctx, x, cw, cb, nw, nb, wa, ba, wi, bi, wc, bc, wq, bq, wl, bl, wo, bo, grid, eps, num_heads, rope, dtype
+    ):
+        size = tuple(x.shape[:2])
+        ctx.options = size, num_heads, grid
+        layers = wa, ba, wi, bi, wq, bq, wo, bo
+        y, s, kept, layers = _start(ctx, x, None, (cw, cb, nw, nb), layers, grid, eps, dtype)
+        wa, ba, wi, bi, wq, bq, wo, bo = layers
+        gate, u = product(y, wa, ba), product(y, wi, bi)
+        v = run(record_convolution, (u, wc, bc), (size, grid), _check)
         qk = product(v, wq, bq)
         gated, *outputs = run(record_attention, (gate, wl, bl, qk, v, rope), ctx.options)
-        ctx.save_for_backward(x, y, wc, bc, wa, wi, wq, wo, *outputs, gate, wl, bl, qk, v, rope)
-        return unflatten(product(gated, wo, bo), ctx.shape)
+        ctx.save_for_backward(*kept, y, u, wc, bc, wa, wi, wq, wo, *outputs, gate, wl, bl, qk, v, rope)
+        return unflatten(product(gated, wo, bo), s.shape), s
 
     @staticmethod
-    def backward(ctx, dy):
-        x, y, wc, bc, wa, wi, wq, wo, *of_attention = ctx.saved_tensors
-        of_x, _, _, _, _, _, of_ba, _, of_bi, of_wc, of_bc, _, of_bq, of_wl, of_bl, _, of_bo = ctx.needs_input_grad
+    def backward(ctx, dz, ds):
+        *kept, y, u, wc, bc, wa, wi, wq, wo, o, state, gate, wl, bl, qk, v, rope = ctx.saved_tensors
+        _, *of_start, _, of_ba, _, of_bi, of_wc, of_bc, _, of_bq, of_wl, of_bl, _, of_bo = ctx.needs_input_grad[:17]
         size, _, grid = ctx.options
-        dy = dy.reshape(x.shape)
-        inputs, options = (dy, torch.mm(dy, wo), *of_attention), (*ctx.options, (of_wl, of_bl), of_bq, of_bo)
+        dz = dz.reshape(y.shape)
+        inputs = dz, torch.mm(dz, wo), o, state, gate, wl, bl, qk, v, rope
+        options = *ctx.options, (of_wl, of_bl), of_bq, of_bo
         gated, d_gate, dqk, dv, d_wl, d_bl, d_bq, d_bo = run(record_attention_gradients, inputs, options)
-        d_wo, d_wq = weight_gradient(dy, gated), weight_gradient(dqk, of_attention[-2])
-        dv.addmm_(dqk, wq)
-        options = size, grid, (of_wc, of_bc), of_ba, of_bi
-        dy, d_wc, d_bc, d_ba, d_bi = run(record_conv_gradients, (dv, d_gate, y, wc, bc), options)
-        dx = convert(torch.mm(d_gate, wa).addmm_(dy, wi).view(ctx.shape), ctx.type) if of_x else None
-        d_wa, d_wi = weight_gradient(d_gate, x), weight_gradient(dy, x)
-        of_parameters = d_wa, d_ba, d_wi, d_bi, d_wc, d_bc, d_wq, d_bq, d_wl, d_bl, d_wo, d_bo
-        return dx, None, None, None, None, *of_parameters
+        d_wo, d_wq = weight_gradient(dz, gated), weight_gradient(dqk, v)
+        inputs, options = (dv.addmm_(dqk, wq), d_gate, u, wc, bc), (size, grid, (of_wc, of_bc), of_ba, of_bi)
+        du, d_wc, d_bc, d_ba, d_bi = run(record_conv_gradients, inputs, options)
+        d_wa, d_wi = weight_gradient(d_gate, y), weight_gradient(du, y)
+        dx, *of_start = _end(ctx, torch.mm(d_gate, wa).addmm_(du, wi), ds, kept, of_start)
+        of_layers = d_wa, d_ba, d_wi, d_bi, d_wc, d_bc, d_wq, d_bq, d_wl, d_bl, d_wo, d_bo
+        return convert(dx, ctx.type), *of_start, *of_layers, None, None, None, None, None
+
+
+@eager_function
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, add, cw, cb, nw, nb, w1, b1, w2, b2, grid, eps, dtype):
+        ctx.type_of_add = add.dtype
+        y, s, kept, (w1, b1, w2, b2) = _start(ctx, x, add, (cw, cb, nw, nb), (w1, b1, w2, b2), grid, eps, dtype)
+        hidden = product(y, w1, b1)
+        ctx.save_for_backward(*kept, y, hidden, w1, w2)
+        return unflatten(product(F.gelu(hidden), w2, b2), s.shape), s
+
+    @staticmethod
+    def backward(ctx, dz, ds):
+        *kept, y, hidden, w1, w2 = ctx.saved_tensors
+        _, _, *of_start, _, of_bias1, _, of_bias2 = ctx.needs_input_grad[:10]
+        dz = dz.reshape(y.shape)
+        inputs = dz, torch.mm(dz, w2), hidden
+        d_hidden, activated, d_bias1, d_bias2 = run(record_mlp_gradients, inputs, (of_bias1, of_bias2))
+        of_layers = weight_gradient(d_hidden, y), d_bias1, weight_gradient(dz, activated), d_bias2
+        dx, *of_start = _end(ctx, torch.mm(d_hidden, w1), ds, kept, of_start)
+        return convert(dx, ctx.type), convert(dx, ctx.type_of_add), *of_start, *of_layers, None, None, None

@@ -143,9 +143,12 @@ def test_head_of_ravlt():
     assert model(x).shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["act_proj", "in_proj", "dwc", "attn", "attn.qk", "attn.lepe", "out_proj"])
+@pytest.mark.parametrize("name", [
+    "cpe1", "norm1", "act_proj", "in_proj", "dwc", "attn", "attn.qk", "attn.lepe", "out_proj", "cpe2", "norm2", "mlp",
+    "mlp.fc1", "mlp.fc2",
+])  # fmt: skip
 def test_layers_with_hooks_are_called(name):
-    """And give what the mixer does, which reads their parameters alone."""
+    """And give what the block's halves do, which read their parameters alone."""
     block, calls = MambaLikeBlock(16, 2, "mlla", {}, dtype=torch.float64), []
     x = torch.randn(2, 13, 16, dtype=torch.float64)
     expected = block(x, (3, 4))
