@@ -50,7 +50,8 @@ def mamba_like_mixer(
         z and s ``(B, N, C)``, under autocast in its type.
     """
     cpe, norm, gate_layer, in_layer, dwc, qk, lepe, out_layer = _pairs(parameters)
-    if x.shape[-1] <= WIDEST * num_heads and is_mixed(backend, x, gate_layer[0], in_layer[0], qk[0], out_layer[0]):
+    as_one = x.shape[-1] <= WIDEST * num_heads and (gate_layer[1] is None) == (in_layer[1] is None)
+    if as_one and is_mixed(backend, x, gate_layer[0], in_layer[0], qk[0], out_layer[0]):
         return _Mixer.apply(x, *parameters, check_grid(grid), eps, num_heads, rope, autocast_dtype(x))
     y, s = conv_norm.depthwise_conv_norm(x, grid, *cpe, *norm, eps, backend=backend)
     gate, v = linear(y, *gate_layer, backend=backend), linear(y, *in_layer, backend=backend)
@@ -93,23 +94,32 @@ def record_start(
     record: Record, x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor | None, norm_weight: Tensor,
     norm_bias: Tensor, *arguments: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The norm's output ``(B·N, C)``, s and x + add; then the parameters of layers in the type of x."""
-    *layers, grid, eps = arguments
+    """The norm's output ``(B·N, C)``, s and x + add; then the parameters of layers in the type of x.
+
+    With ``join`` the first two layers, of C outputs each, are one.
+    """
+    *layers, grid, eps, join = arguments
     y, s, z = conv_norm.record_forward(record, x, add, weight, bias, norm_weight, norm_bias, grid, eps)
-    return y.flatten(0, 1), s, z, *record_casts(record, *layers, x.dtype)
+    joined = copies = ()
+    if join:
+        C = x.shape[-1]
+        w, b = (None if p is None else record.new_empty((2 * C, *p.shape[1:]), x.dtype) for p in layers[:2])
+        joined = w, b
+        copies = w[:C], None if b is None else b[:C], w[C:], None if b is None else b[C:]
+    return y.flatten(0, 1), s, z, *joined, *record_casts(record, *layers, x.dtype, copies=copies)[len(copies) :]
 
 
 def _check_start(x, add, weight, bias, norm_weight, norm_bias, *arguments) -> None:
-    *layers, grid, eps = arguments
+    *layers, grid, eps, _ = arguments
     conv_norm.check(x, add, weight, bias, norm_weight, norm_bias, grid, eps)
     check_layers(*layers, x.dtype)
 
 
-def _start(ctx, x, add, of_conv_norm, layers, grid, eps, dtype) -> tuple[Tensor, Tensor, tuple, list]:
+def _start(ctx, x, add, of_conv_norm, layers, grid, eps, dtype, join=False) -> tuple[Tensor, Tensor, tuple, list]:
     """The norm's output in rows, s, what is kept, and the layers' parameters in a type."""
     ctx.type, ctx.of_conv_norm = x.dtype, (grid, eps)
     x, add = convert(x, dtype), convert(add, dtype)
-    y, s, z, *layers = run(record_start, (x, add, *of_conv_norm, *layers), (grid, eps), _check_start)
+    y, s, z, *layers = run(record_start, (x, add, *of_conv_norm, *layers), (grid, eps, join), _check_start)
     return y, s, (x if z is None else z, s, *of_conv_norm), layers
 
 
@@ -120,11 +130,17 @@ def _end(ctx, dy, ds, kept, needed) -> tuple[Tensor | None, ...]:
     return run(conv_norm.record_backward, (dy, ds, *kept), options)
 
 
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the columns."""
+    return x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
+
+
 def record_convolution(
-    record: Record, x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], grid: tuple[int, int]
-) -> Tensor:
+    record: Record, gate_and_x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int],
+    grid: tuple[int, int],
+) -> Tensor:  # fmt: skip
     """The convolution of tokens ``(B·N, C)``, as they are in all of these functions; size is (B, N)."""
-    x = x.unflatten(0, size)
+    x = _halves(gate_and_x)[1].unflatten(0, size)
     return conv.record_forward(record, x, weight, bias, None, None, *grid, *SILU).flatten(0, 1)
 
 
@@ -138,49 +154,53 @@ def _attention_inputs(
 
 
 def record_attention(
-    record: Record, gate: Tensor, weight: Tensor, bias: Tensor | None, qk: Tensor, v: Tensor, rope: Tensor,
+    record: Record, gate_and_x: Tensor, weight: Tensor, bias: Tensor | None, qk: Tensor, v: Tensor, rope: Tensor,
     size: tuple[int, int], num_heads: int, grid: tuple[int, int],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The attention's output times the gate, that without it, and the state."""
     inputs = _attention_inputs(qk, v, rope, size, num_heads)
     o, _, state, _ = attention_dwc.record_forward(record, weight, bias, *inputs, True, grid)
     o = o.flatten(0, 1)
-    return record_gate(record, o, gate), o, state
+    return record_gate(record, o, _halves(gate_and_x)[0]), o, state
 
 
 def record_attention_gradients(
-    record: Record, dy: Tensor, d_gated: Tensor, o: Tensor, state: Tensor | None, gate: Tensor, weight: Tensor,
-    bias: Tensor | None, qk: Tensor, v: Tensor, rope: Tensor, size: tuple[int, int], num_heads: int,
+    record: Record, dy: Tensor, d_gated: Tensor, o: Tensor, state: Tensor | None, gate_and_x: Tensor,
+    weight: Tensor, bias: Tensor | None, qk: Tensor, v: Tensor, rope: Tensor, size: tuple[int, int], num_heads: int,
     grid: tuple[int, int], needed: tuple[bool, bool], of_qk: bool, of_layer: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The layer's input, and gradients of gate, q, v, filters, their bias and the biases of q and k and of the layer.
 
-    From the gradients of output and input of the layer that follows the gate.
+    From the gradients of output and input of the layer that follows the gate. Beside that of the gate is room for x's.
     """
-    do, d_gate, gated = record_gate_gradient(record, d_gated, o, gate, True)
+    d_both = record.new_empty(gate_and_x.shape, gate_and_x.dtype)
+    gate, d_gate = (_halves(both)[0] for both in (gate_and_x, d_both))
+    do, _, gated = record_gate_gradient(record, d_gated, o, gate, True, d_gate)
     inputs = _attention_inputs(qk, v, rope, size, num_heads)
     d_weight, d_bias, dq, _, dv, *_ = attention_dwc.record_backward(
         record, do.unflatten(0, size), None, state, None, weight, bias, *inputs, needed, grid
     )
     dq = dq.view(qk.shape)
     d_biases = [column_sums(record, z) if of else None for z, of in ((dq, of_qk), (dy, of_layer))]
-    return gated, d_gate, dq, dv.flatten(0, 1), d_weight, d_bias, *d_biases
+    return gated, d_both, dq, dv.flatten(0, 1), d_weight, d_bias, *d_biases
 
 
 def record_conv_gradients(
-    record: Record, dy: Tensor, d_gate: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int],
-    grid: tuple[int, int], needed: tuple[bool, bool], of_gate: bool, of_x: bool,
+    record: Record, dy: Tensor, d_both: Tensor, gate_and_x: Tensor, weight: Tensor, bias: Tensor | None,
+    size: tuple[int, int], grid: tuple[int, int], needed: tuple[bool, bool], of_gate: bool, of_x: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of the convolution's input, filters and bias, and of the biases of the layers before gate and input."""
-    inputs = *(z.unflatten(0, size) for z in (dy, x)), weight, bias, None, None, None, None
-    dx, d_weight, d_bias, *_ = conv.record_backward(record, *inputs, (True, *needed, False, False), *grid, *SILU)
-    dx = dx.flatten(0, 1)
-    d_biases = [column_sums(record, z) if of else None for z, of in ((d_gate, of_gate), (dx, of_x))]
-    return dx, d_weight, d_bias, *d_biases
+    """Gradients of filters, their bias and the biases of the layers before gate and x; that of x joins the gate's."""
+    d_gate, dx = _halves(d_both)
+    dy, x, base = (z.unflatten(0, size) for z in (dy, _halves(gate_and_x)[1], dx))
+    inputs = record, dy, x, weight, bias, None, None, base, None, (True, *needed, False, False)
+    _, d_weight, d_bias, *_ = conv.record_backward(*inputs, *grid, *SILU, add_to_base=False)
+    return d_weight, d_bias, *(column_sums(record, z) if of else None for z, of in ((d_gate, of_gate), (dx, of_x)))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], grid: tuple[int, int]) -> None:
-    check_convolution(x.unflatten(0, size), weight, bias, None, None, *grid, *SILU)
+def _check(
+    gate_and_x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    check_convolution(_halves(gate_and_x)[1].unflatten(0, size), weight, bias, None, None, *grid, *SILU)
 
 
 @eager_function
@@ -192,29 +212,29 @@ class _Mixer(torch.autograd.Function):
         size = tuple(x.shape[:2])
         ctx.options = size, num_heads, grid
         layers = wa, ba, wi, bi, wq, bq, wo, bo
-        y, s, kept, layers = _start(ctx, x, None, (cw, cb, nw, nb), layers, grid, eps, dtype)
-        wa, ba, wi, bi, wq, bq, wo, bo = layers
-        gate, u = product(y, wa, ba), product(y, wi, bi)
-        v = run(record_convolution, (u, wc, bc), (size, grid), _check)
+        y, s, kept, layers = _start(ctx, x, None, (cw, cb, nw, nb), layers, grid, eps, dtype, True)
+        w, b, wq, bq, wo, bo = layers
+        both = product(y, w, b)
+        v = run(record_convolution, (both, wc, bc), (size, grid), _check)
         qk = product(v, wq, bq)
-        gated, *outputs = run(record_attention, (gate, wl, bl, qk, v, rope), ctx.options)
-        ctx.save_for_backward(*kept, y, u, wc, bc, wa, wi, wq, wo, *outputs, gate, wl, bl, qk, v, rope)
+        gated, *outputs = run(record_attention, (both, wl, bl, qk, v, rope), ctx.options)
+        ctx.save_for_backward(*kept, y, wc, bc, w, wq, wo, *outputs, both, wl, bl, qk, v, rope)
         return unflatten(product(gated, wo, bo), s.shape), s
 
     @staticmethod
     def backward(ctx, dz, ds):
-        *kept, y, u, wc, bc, wa, wi, wq, wo, o, state, gate, wl, bl, qk, v, rope = ctx.saved_tensors
+        *kept, y, wc, bc, w, wq, wo, o, state, both, wl, bl, qk, v, rope = ctx.saved_tensors
         _, *of_start, _, of_ba, _, of_bi, of_wc, of_bc, _, of_bq, of_wl, of_bl, _, of_bo = ctx.needs_input_grad[:17]
         size, _, grid = ctx.options
         dz = dz.reshape(y.shape)
-        inputs = dz, torch.mm(dz, wo), o, state, gate, wl, bl, qk, v, rope
+        inputs = dz, torch.mm(dz, wo), o, state, both, wl, bl, qk, v, rope
         options = *ctx.options, (of_wl, of_bl), of_bq, of_bo
-        gated, d_gate, dqk, dv, d_wl, d_bl, d_bq, d_bo = run(record_attention_gradients, inputs, options)
+        gated, d_both, dqk, dv, d_wl, d_bl, d_bq, d_bo = run(record_attention_gradients, inputs, options)
         d_wo, d_wq = weight_gradient(dz, gated), weight_gradient(dqk, v)
-        inputs, options = (dv.addmm_(dqk, wq), d_gate, u, wc, bc), (size, grid, (of_wc, of_bc), of_ba, of_bi)
-        du, d_wc, d_bc, d_ba, d_bi = run(record_conv_gradients, inputs, options)
-        d_wa, d_wi = weight_gradient(d_gate, y), weight_gradient(du, y)
-        dx, *of_start = _end(ctx, torch.mm(d_gate, wa).addmm_(du, wi), ds, kept, of_start)
+        inputs, options = (dv.addmm_(dqk, wq), d_both, both, wc, bc), (size, grid, (of_wc, of_bc), of_ba, of_bi)
+        d_wc, d_bc, d_ba, d_bi = run(record_conv_gradients, inputs, options)
+        d_wa, d_wi = weight_gradient(d_both, y).chunk(2)
+        dx, *of_start = _end(ctx, torch.mm(d_both, w), ds, kept, of_start)
         of_layers = d_wa, d_ba, d_wi, d_bi, d_wc, d_bc, d_wq, d_bq, d_wl, d_bl, d_wo, d_bo
         return convert(dx, ctx.type), *of_start, *of_layers, None, None, None, None, None
 

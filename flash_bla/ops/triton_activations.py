@@ -5,6 +5,7 @@ The activations' gradients give their value once more, which then need not be ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,19 +89,33 @@ def sum_kernel(x_ptr, add_ptr, y_ptr, length, BLOCK: tl.constexpr):
 
 
 @jit
-def gate_kernel(x_ptr, gate_ptr, y_ptr, length, BLOCK: tl.constexpr):
+def _in_rows(at, stride, WIDTH: tl.constexpr):
+    """Places of elements in rows of so many, a stride apart; None stands for rows side by side."""
+    if WIDTH is None:
+        return at
+    else:
+        return at // WIDTH * stride + at % WIDTH
+
+
+@jit
+def gate_kernel(x_ptr, gate_ptr, y_ptr, length, gate_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gate = _load(gate_ptr, at, length)
+    gate = tl.load(gate_ptr + _in_rows(at, gate_stride, WIDTH), mask=at < length, other=0.0).to(tl.float32)
     _store(y_ptr, at, length, _load(x_ptr, at, length) * gate / (1.0 + tl.exp(-gate)))
 
 
 @jit
-def gate_gradient_kernel(dy_ptr, x_ptr, gate_ptr, dx_ptr, d_gate_ptr, y_ptr, length, BLOCK: tl.constexpr):
+def gate_gradient_kernel(
+    dy_ptr, x_ptr, gate_ptr, dx_ptr, d_gate_ptr, y_ptr, length, gate_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dy, x, gate = _load(dy_ptr, at, length), _load(x_ptr, at, length), _load(gate_ptr, at, length)
+    in_rows = _in_rows(at, gate_stride, WIDTH)
+    gate = tl.load(gate_ptr + in_rows, mask=at < length, other=0.0).to(tl.float32)
+    dy, x = _load(dy_ptr, at, length), _load(x_ptr, at, length)
     s = 1.0 / (1.0 + tl.exp(-gate))
     _store(dx_ptr, at, length, dy * gate * s)
-    _store(d_gate_ptr, at, length, dy * x * s * (1.0 + gate * (1.0 - s)))
+    d_gate = dy * x * s * (1.0 + gate * (1.0 - s))
+    tl.store(d_gate_ptr + in_rows, d_gate.to(d_gate_ptr.dtype.element_ty), mask=at < length)
     _store(y_ptr, at, length, x * gate * s)
 
 
@@ -114,10 +129,16 @@ def gelu_gradient_kernel(
     _store(y_ptr, at, length, GELU(x))
 
 
-def record_casts(record: Record, *arguments: Any, factor: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """Up to four layers' weights and biases in a type, the last argument; the first's rows times factors."""
+def record_casts(
+    record: Record, *arguments: Any, factor: Tensor | None = None, copies: Sequence[Tensor | None] = ()
+) -> tuple[Tensor | None, ...]:
+    """Up to four layers' weights and biases in a type, the last argument; the first's rows times factors.
+
+    The first of them are written to ``copies``.
+    """
     *parameters, dtype = arguments
-    copies = [None if x is None else record.new_empty(x.shape, dtype) for x in parameters]
+    new = [None if x is None else record.new_empty(x.shape, dtype) for x in parameters[len(copies) :]]
+    copies = *copies, *new
     launch = dict.fromkeys(cast_kernel.arg_names) | dict(factor_ptr=record.contiguous(factor), BLOCK=BLOCK)
     for i in range(0, len(parameters), 2):
         weight, bias = parameters[i : i + 2]
@@ -129,7 +150,7 @@ def record_casts(record: Record, *arguments: Any, factor: Tensor | None = None) 
         launch |= {f"{name}{i // 2 + 1 if i else ''}": value for name, value in layer.items()}
     length = max(x.numel() for x in parameters if x is not None)
     record.launch(cast_kernel, (cdiv(length, BLOCK), 1, 1), launch)
-    return tuple(copies)
+    return copies
 
 
 def record_operands(
@@ -194,21 +215,34 @@ def record_gradients(
 
 
 def record_gate(record: Record, x: Tensor, gate: Tensor) -> Tensor:
-    """x · silu(gate)."""
+    """x · silu(gate); see ``_layout``."""
     y = record.new_empty(x.shape, x.dtype)
-    _launch(record, gate_kernel, dict(x_ptr=x, gate_ptr=gate), y_ptr=y)
+    gate, layout = _layout(record, gate)
+    _launch(record, gate_kernel, dict(x_ptr=x), gate_ptr=gate, y_ptr=y, **layout)
     return y
 
 
 def record_gate_gradient(
-    record: Record, dy: Tensor, x: Tensor, gate: Tensor, again: bool = False
+    record: Record, dy: Tensor, x: Tensor, gate: Tensor, again: bool = False, d_gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x and of the gate, and with ``again`` what ``record_gate`` gave."""
-    dx, d_gate = record.new_empty(x.shape, x.dtype), record.new_empty(gate.shape, x.dtype)
+    """Gradients of x and of the gate, and with ``again`` what ``record_gate`` gave.
+
+    That of the gate is written to ``d_gate``, where it is given, of the gate's strides.
+    """
+    dx = record.new_empty(x.shape, x.dtype)
     y = record.new_empty(x.shape, x.dtype) if again else None
-    inputs = dict(dy_ptr=dy, x_ptr=x, gate_ptr=gate)
-    _launch(record, gate_gradient_kernel, inputs, dx_ptr=dx, d_gate_ptr=d_gate, y_ptr=y)
+    gate, layout = _layout(record, gate)
+    d_gate = record.new_empty(gate.shape, x.dtype) if d_gate is None else d_gate
+    inputs, outputs = dict(dy_ptr=dy, x_ptr=x), dict(dx_ptr=dx, d_gate_ptr=d_gate, y_ptr=y)
+    _launch(record, gate_gradient_kernel, inputs, gate_ptr=gate, **outputs, **layout)
     return dx, d_gate, y
+
+
+def _layout(record: Record, gate: Tensor) -> tuple[Tensor, dict]:
+    """A gate, which may be columns of a matrix, and how it lies."""
+    if gate.is_contiguous() or gate.ndim != 2 or gate.stride(1) != 1:
+        return record.contiguous(gate), dict(gate_stride=0, WIDTH=None)
+    return gate, dict(gate_stride=gate.stride(0), WIDTH=gate.shape[1])
 
 
 def record_gelu_gradient(record: Record, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

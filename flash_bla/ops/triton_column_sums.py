@@ -16,29 +16,31 @@ BLOCKS = dict(BLOCK_M=32, BLOCK_C=64, BLOCK_N=128, BLOCK_F=32)
 
 
 @jit
-def _column_sums(x_ptr, partial_ptr, length, width, program, programs, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _column_sums(
+    x_ptr, partial_ptr, length, width, stride, program, programs, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
     blocks = tl.cdiv(width, BLOCK_C)
     columns = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(program // blocks * BLOCK_M, length, programs * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        at = rows.to(tl.int64)[:, None] * width + columns[None, :]
+        at = rows.to(tl.int64)[:, None] * stride + columns[None, :]
         total += tl.load(x_ptr + at, mask=(rows < length)[:, None] & (columns < width)[None, :], other=0.0)
     tl.store(partial_ptr + program // blocks * width + columns, tl.sum(total, 0), mask=columns < width)
 
 
 @jit(do_not_specialize=["length", "length2", "programs", "programs2"])
 def column_sums_kernel(
-    x_ptr, partial_ptr, length, width, programs, x_ptr2, partial_ptr2, length2, width2, programs2,
+    x_ptr, partial_ptr, length, width, stride, programs, x_ptr2, partial_ptr2, length2, width2, stride2, programs2,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Shares (programs, width) of the sums, in float32, of one matrix or two."""
     program = tl.program_id(0)
     first = programs * tl.cdiv(width, BLOCK_C)
     if program < first:
-        _column_sums(x_ptr, partial_ptr, length, width, program, programs, BLOCK_M, BLOCK_C)
+        _column_sums(x_ptr, partial_ptr, length, width, stride, program, programs, BLOCK_M, BLOCK_C)
     elif x_ptr2 is not None:
-        _column_sums(x_ptr2, partial_ptr2, length2, width2, program - first, programs2, BLOCK_M, BLOCK_C)
+        _column_sums(x_ptr2, partial_ptr2, length2, width2, stride2, program - first, programs2, BLOCK_M, BLOCK_C)
 
 
 @jit
@@ -109,7 +111,10 @@ def column_sums(record: Record, x: Tensor) -> Tensor:
     programs = max(1, min(cdiv(length, BLOCKS["BLOCK_M"]), 8 * multiprocessors(record.device) // blocks))
     partial = record.new_empty((programs, 1, width), torch.float32)
     total = record.new_empty((width,), torch.float32)
-    arguments = dict(x_ptr=record.contiguous(x), partial_ptr=partial, length=length, width=width, programs=programs)
+    x = x if x.stride(1) == 1 else record.contiguous(x)
+    arguments = dict(
+        x_ptr=x, partial_ptr=partial, length=length, width=width, stride=x.stride(0), programs=programs
+    )  # fmt: skip
     record.at_end(_launch, (column_sums_kernel, blocks * programs, arguments))
     add_shares(record, partial, width, None, total)
     return total
