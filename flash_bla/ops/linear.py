@@ -177,7 +177,8 @@ class _MixedMlp(torch.autograd.Function):
         x, hidden, w1, w2 = ctx.saved_tensors
         of_x, _, *of_bias, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, w2.shape[0])
-        inputs = dy, torch.mm(dy, w2), hidden
-        d_hidden, activated, d_bias1, d_bias2 = run(record_mlp_gradients, inputs, (of_bias[0], of_bias[2]))
+        d_hidden, activated, d_bias1, d_bias2 = run(  # and the gradient of what is activated is not held any more
+            record_mlp_gradients, (dy, torch.mm(dy, w2), hidden), (of_bias[0], of_bias[2])
+        )
         dx = convert(torch.mm(d_hidden, w1).view(ctx.shape), ctx.type) if of_x else None
         return dx, weight_gradient(d_hidden, x), d_bias1, weight_gradient(dy, activated), d_bias2, None

@@ -209,8 +209,8 @@ class _Mixer(torch.autograd.Function):
     def forward(
         ctx, x, cw, cb, nw, nb, wa, ba, wi, bi, wc, bc, wq, bq, wl, bl, wo, bo, grid, eps, num_heads, rope, dtype
     ):
-        size = tuple(x.shape[:2])
-        ctx.options = size, num_heads, grid
+        ctx.options = size, _, _ = tuple(x.shape[:2]), num_heads, grid
+        rope = convert(rope, torch.float16 if dtype == torch.bfloat16 else torch.float32)  # as for the attention alone
         layers = wa, ba, wi, bi, wq, bq, wo, bo
         y, s, kept, layers = _start(ctx, x, None, (cw, cb, nw, nb), layers, grid, eps, dtype, True)
         w, b, wq, bq, wo, bo = layers
@@ -227,14 +227,22 @@ class _Mixer(torch.autograd.Function):
         _, *of_start, _, of_ba, _, of_bi, of_wc, of_bc, _, of_bq, of_wl, of_bl, _, of_bo = ctx.needs_input_grad[:17]
         size, _, grid = ctx.options
         dz = dz.reshape(y.shape)
-        inputs = dz, torch.mm(dz, wo), o, state, both, wl, bl, qk, v, rope
-        options = *ctx.options, (of_wl, of_bl), of_bq, of_bo
-        gated, d_both, dqk, dv, d_wl, d_bl, d_bq, d_bo = run(record_attention_gradients, inputs, options)
+        # what is not needed any more is not held: memory is shortest where the backward pass begins
+        gated, d_both, dqk, dv, d_wl, d_bl, d_bq, d_bo = run(
+            record_attention_gradients,
+            (dz, torch.mm(dz, wo), o, state, both, wl, bl, qk, v, rope),
+            (*ctx.options, (of_wl, of_bl), of_bq, of_bo),
+        )
         d_wo, d_wq = weight_gradient(dz, gated), weight_gradient(dqk, v)
-        inputs, options = (dv.addmm_(dqk, wq), d_both, both, wc, bc), (size, grid, (of_wc, of_bc), of_ba, of_bi)
-        d_wc, d_bc, d_ba, d_bi = run(record_conv_gradients, inputs, options)
+        dv.addmm_(dqk, wq)
+        del gated, dqk
+        d_wc, d_bc, d_ba, d_bi = run(
+            record_conv_gradients, (dv, d_both, both, wc, bc), (size, grid, (of_wc, of_bc), of_ba, of_bi)
+        )
         d_wa, d_wi = weight_gradient(d_both, y).chunk(2)
-        dx, *of_start = _end(ctx, torch.mm(d_both, w), ds, kept, of_start)
+        dy = torch.mm(d_both, w)
+        del dv, d_both
+        dx, *of_start = _end(ctx, dy, ds, kept, of_start)
         of_layers = d_wa, d_ba, d_wi, d_bi, d_wc, d_bc, d_wq, d_bq, d_wl, d_bl, d_wo, d_bo
         return convert(dx, ctx.type), *of_start, *of_layers, None, None, None, None, None
 
@@ -254,8 +262,11 @@ class _Mlp(torch.autograd.Function):
         *kept, y, hidden, w1, w2 = ctx.saved_tensors
         _, _, *of_start, _, of_bias1, _, of_bias2 = ctx.needs_input_grad[:10]
         dz = dz.reshape(y.shape)
-        inputs = dz, torch.mm(dz, w2), hidden
-        d_hidden, activated, d_bias1, d_bias2 = run(record_mlp_gradients, inputs, (of_bias1, of_bias2))
+        d_hidden, activated, d_bias1, d_bias2 = run(
+            record_mlp_gradients, (dz, torch.mm(dz, w2), hidden), (of_bias1, of_bias2)
+        )
         of_layers = weight_gradient(d_hidden, y), d_bias1, weight_gradient(dz, activated), d_bias2
-        dx, *of_start = _end(ctx, torch.mm(d_hidden, w1), ds, kept, of_start)
+        dy = torch.mm(d_hidden, w1)
+        del d_hidden, activated
+        dx, *of_start = _end(ctx, dy, ds, kept, of_start)
         return convert(dx, ctx.type), convert(dx, ctx.type_of_add), *of_start, *of_layers, None, None, None

@@ -35,7 +35,8 @@ def apply(half, inputs, grid=GRID, backend=None):
         x, add, *parameters = inputs
         return mamba_like_mlp(x, add, grid, 1e-5, *parameters, backend=backend)
     x, *parameters = inputs
-    return mamba_like_mixer(x, grid, 1e-5, HEADS, axial_rope(x, GRID, C, HEADS), *parameters, backend=backend)
+    rope = axial_rope(x, GRID, C, HEADS).float()  # in bfloat16 training it would be float16
+    return mamba_like_mixer(x, grid, 1e-5, HEADS, rope, *parameters, backend=backend)
 
 
 def forward_backward(half, inputs, dtype=None, frozen=(), outputs=(0, 1), backend=None):
