@@ -8,7 +8,7 @@ from flash_bla.layers.attention import (
 )
 from flash_bla.layers.conv import DepthwiseConv, convolve_and_norm
 from flash_bla.layers.cross_window import CrossShapedWindowAttention
-from flash_bla.layers.dense import Linear, Mlp, apply_linear, apply_pair
+from flash_bla.layers.dense import Linear, Mlp, apply_linear
 from flash_bla.layers.focused import FocusedLinearAttention
 from flash_bla.layers.generalized_linear import GeneralizedLinearAttention
 from flash_bla.layers.linear import LinearAttention
@@ -38,7 +38,6 @@ __all__ = [
     "SoftmaxAttention",
     "WindowAttention",
     "apply_linear",
-    "apply_pair",
     "attention_options",
     "axial_rope",
     "check_attention_args",

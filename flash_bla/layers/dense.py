@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flash_bla.layers.hooks import is_plain
 from flash_bla.ops import linear, silu_gate
-from flash_bla.ops.linear import linear_pair, mlp
+from flash_bla.ops.linear import mlp
 
 register_notrace_function(silu_gate)  # torch.fx must not trace into it: it asks for the type of tensors
 
@@ -39,13 +39,6 @@ def apply_linear(
     if factor is not None:
         x = x * factor.to(x.dtype)
     return x.unflatten(-1, split) if split else x
-
-
-def apply_pair(first: nn.Module, second: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """first(x) and second(x), of linear layers."""
-    if is_plain(first, Linear) and is_plain(second, Linear) and isinstance(x, Tensor):  # torch.fx sees the layers
-        return linear_pair(x, first.weight, first.bias, second.weight, second.bias)
-    return first(x), second(x)
 
 
 class Mlp(nn.Module):

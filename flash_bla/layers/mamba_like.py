@@ -54,5 +54,9 @@ class MambaLikeLinearAttention(nn.Module):
             grid,
             v=x,
             feature_map="elu1",
-            rope=axial_rope(x, grid, x.shape[2], self.num_heads),
+            rope=self.rope(x, grid),
         )
+
+    def rope(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The rotary encoding of tokens like x."""
+        return axial_rope(x, grid, x.shape[2], self.num_heads)

@@ -9,14 +9,25 @@ from typing import Any
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from flash_bla.layers import DepthwiseConv, LayerNorm, Linear, apply_linear, apply_pair, convolve_and_norm
+from flash_bla.layers import (
+    DepthwiseConv,
+    LayerNorm,
+    Linear,
+    MambaLikeLinearAttention,
+    Mlp,
+    apply_linear,
+    convolve_and_norm,
+)
+from flash_bla.layers.hooks import is_plain
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
 from flash_bla.models.official import rename_entries
 from flash_bla.models.registry import Family
 from flash_bla.ops import linear
+from flash_bla.ops.mamba_like import mamba_like_mixer, mamba_like_mlp
 
 NORM_EPS = 1e-5
+LAYERS = DepthwiseConv, LayerNorm, Linear
 
 
 class ConvLayer(nn.Sequential):
@@ -143,12 +154,40 @@ class MambaLikeBlock(Block):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``(B, N, C)`` to ``(B, N, C)``."""
+        y, x = self._mix(x, grid)
+        y, x = self._feed_forward(x, self.drop_path1(y), grid)
+        return x + self.drop_path2(y)
+
+    def _mix(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What is added to x + CPE(x), and that."""
+        attn = self.attn
+        if is_plain(attn, MambaLikeLinearAttention):
+            parameters = _read(
+                x, self.cpe1, self.norm1, self.act_proj, self.in_proj, self.dwc, attn.qk, attn.lepe, self.out_proj
+            )
+            if parameters is not None:
+                return mamba_like_mixer(x, grid, self.norm1.eps, attn.num_heads, attn.rope(x, grid), *parameters)
         y, x = convolve_and_norm(self.cpe1, self.norm1, x, grid)
-        gate, y = apply_pair(self.act_proj, self.in_proj, y)
-        y = self.attn(self.dwc(y, grid, activation="silu"), grid)
-        y = self.drop_path1(apply_linear(self.out_proj, y, gate=gate))
-        y, x = convolve_and_norm(self.cpe2, self.norm2, x, grid, add=y)
-        return x + self.drop_path2(self.mlp(y))
+        v = self.dwc(self.in_proj(y), grid, activation="silu")
+        return apply_linear(self.out_proj, attn(v, grid), gate=self.act_proj(y)), x
+
+    def _feed_forward(self, x: Tensor, add: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        mlp = self.mlp
+        if is_plain(mlp, Mlp) and not (mlp.drop.p and self.training):
+            parameters = _read(x, self.cpe2, self.norm2, mlp.fc1, mlp.fc2)
+            if parameters is not None:
+                return mamba_like_mlp(x, add, grid, self.norm2.eps, *parameters)
+        y, x = convolve_and_norm(self.cpe2, self.norm2, x, grid, add=add)
+        return mlp(y), x
+
+
+def _read(x: Tensor, *layers: nn.Module) -> list[Tensor | None] | None:
+    """The layers' weights and biases; None where the layers themselves are to be called."""
+    if not isinstance(x, Tensor):  # torch.fx sees the layers
+        return None
+    if all([type(layer) in LAYERS and is_plain(layer, type(layer)) for layer in layers]):
+        return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    return None
 
 
 class MLLA(HierarchicalBackbone):

@@ -48,7 +48,7 @@ def depthwise_conv_norm(
     return add_layer_norm(x, norm_weight, norm_bias, eps, backend=backend)
 
 
-def _check(x, add, weight, bias, norm_weight, norm_bias, grid, eps) -> None:
+def check(x, add, weight, bias, norm_weight, norm_bias, grid, eps) -> None:
     check_convolution(x, weight, bias, add, None, *grid, *RESIDUAL)
     check_norm(x, add, norm_weight, norm_bias)
 
@@ -83,7 +83,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, add, weight, bias, norm_weight, norm_bias, grid, eps):
         tensors = x, add, weight, bias, norm_weight, norm_bias
-        y, s, z = run(record_forward, tensors, (grid, eps), _check)
+        y, s, z = run(record_forward, tensors, (grid, eps), check)
         ctx.save_for_backward(x if z is None else z, s, weight, bias, norm_weight, norm_bias)
         ctx.options = grid, eps
         ctx.set_materialize_grads(False)

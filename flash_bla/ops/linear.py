@@ -13,7 +13,6 @@ from flash_bla.ops.triton_activations import (
     record_gradients,
     record_mlp_gradients,
     record_operands,
-    record_two_sums,
     scale_gradients,
 )
 from flash_bla.ops.triton_support import PLAIN, eager_function, is_eager, run
@@ -61,7 +60,7 @@ def linear(
             raise ValueError("gelu and gate exclude each other")
     if factor is not None and factor.numel() != weight.shape[0]:
         raise ValueError(f"factor must have D = {weight.shape[0]} elements, got shape {tuple(factor.shape)}")
-    if _is_mixed(x, weight, backend):
+    if is_mixed(backend, x, weight):
         return _Mixed.apply(x, gate, weight, bias, factor, gelu, split, autocast_dtype(x))
     if gate is not None:
         x = silu_gate(x, gate, backend=backend)
@@ -80,35 +79,24 @@ def mlp(
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """``linear(linear(x, weight1, bias1), weight2, bias2, gelu=True)``, as one node of autograd where it can be."""
-    if _is_mixed(x, weight1, backend) and _is_mixed(x, weight2, backend):
+    if is_mixed(backend, x, weight1, weight2):
         return _MixedMlp.apply(x, weight1, bias1, weight2, bias2, autocast_dtype(x))
     return linear(linear(x, weight1, bias1, backend=backend), weight2, bias2, gelu=True, backend=backend)
 
 
-def linear_pair(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Two linear layers of one input, as one node of autograd where it can be: a product adds its two gradients."""
-    if _is_mixed(x, weight1, backend) and _is_mixed(x, weight2, backend):
-        return _MixedPair.apply(x, weight1, bias1, weight2, bias2, autocast_dtype(x))
-    return linear(x, weight1, bias1, backend=backend), linear(x, weight2, bias2, backend=backend)
-
-
-def _is_mixed(x: Tensor, weight: Tensor, backend: str | None) -> bool:
-    """Whether this is eager mixed-precision training."""
+def is_mixed(backend: str | None, x: Tensor, *weights: Tensor) -> bool:
+    """Whether this is eager mixed-precision training of all these weights."""
     return (
         is_eager(x)
-        and weight.dtype == torch.float32
-        and type(weight) in PLAIN  # and not a quantised one
-        and weight.requires_grad
         and torch.is_grad_enabled()
         and is_autocast(x)
         and choose_backend(backend, x) == "triton"
+        # and no quantised ones
+        and all([y.dtype == torch.float32 and type(y) in PLAIN and y.requires_grad for y in weights])
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
@@ -121,12 +109,14 @@ def _check_layer(x, gate, weight, bias, *_) -> None:
     _check_bias(weight, bias)
 
 
-def _check_layers(weight1, bias1, weight2, bias2, *_) -> None:
-    _check_bias(weight1, bias1)
-    _check_bias(weight2, bias2)
+def check_layers(*arguments) -> None:
+    """Of up to four layers' weights and biases, one after the other, and a type."""
+    *parameters, _ = arguments
+    for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
+        _check_bias(weight, bias)
 
 
-def _unflatten(y: Tensor, shape: tuple[int, ...], split: tuple[int, ...] = ()) -> Tensor:
+def unflatten(y: Tensor, shape: tuple[int, ...], split: tuple[int, ...] = ()) -> Tensor:
     """Rows in the place of those of ``(..., C)``, split."""
     if -1 in split and not y.numel():  # of nothing no size can be inferred
         split = y.new_empty(y.shape[1]).unflatten(0, split).shape
@@ -134,7 +124,7 @@ def _unflatten(y: Tensor, shape: tuple[int, ...], split: tuple[int, ...] = ()) -
     return torch.ops.aten._unsafe_view.default(y, (*shape[:-1], *(split or y.shape[1:])))
 
 
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return torch.mm(dy.t(), x, out_dtype=torch.float32) if x.is_cuda else torch.mm(dy.t(), x).float()
 
 
@@ -146,8 +136,8 @@ class _Mixed(torch.autograd.Function):
         x, gate = convert(x, dtype).reshape(-1, x.shape[-1]), convert(gate, dtype)
         gated, w, b = run(record_operands, (x, gate, weight, bias, factor), (dtype,), _check_layer)
         ctx.save_for_backward(x, gate, w, *(() if factor is None else (weight, bias, factor)))
-        y = _product(F.gelu(x) if gelu else x if gated is None else gated, w, b)
-        return _unflatten(y, ctx.shape, split)
+        y = product(F.gelu(x) if gelu else x if gated is None else gated, w, b)
+        return unflatten(y, ctx.shape, split)
 
     @staticmethod
     def backward(ctx, dy):
@@ -164,55 +154,31 @@ class _Mixed(torch.autograd.Function):
                 activated = F.gelu(x)
             dx = dx if d_input is None else d_input
             x = x if activated is None else activated
-        d_weight = _weight_gradient(dy, x)
+        d_weight = weight_gradient(dy, x)
         if scaled:
             d_factor = run(scale_gradients, (d_weight, d_bias, *scaled))
         dx = None if dx is None else convert(dx.view(ctx.shape), ctx.types[0])
         return dx, convert(d_gate, ctx.types[1]), d_weight, d_bias, d_factor, None, None, None
 
 
-def _start(ctx, x, weight1, bias1, weight2, bias2, dtype) -> tuple[Tensor | None, ...]:
-    """Rows of x, and two layers' weights and biases, in a type; the context keeps type and shape of x."""
-    ctx.type, ctx.shape = x.dtype, x.shape
-    x = convert(x, dtype).reshape(-1, x.shape[-1])
-    return x, *run(record_casts, (weight1, bias1, weight2, bias2), (dtype,), _check_layers)
-
-
 @eager_function
 class _MixedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        x, w1, b1, w2, b2 = _start(ctx, *inputs)
-        hidden = _product(x, w1, b1)
+    def forward(ctx, x, weight1, bias1, weight2, bias2, dtype):
+        ctx.type, ctx.shape = x.dtype, x.shape
+        x = convert(x, dtype).reshape(-1, x.shape[-1])
+        w1, b1, w2, b2 = run(record_casts, (weight1, bias1, weight2, bias2), (dtype,), check_layers)
+        hidden = product(x, w1, b1)
         ctx.save_for_backward(x, hidden, w1, w2)
-        return _unflatten(_product(F.gelu(hidden), w2, b2), ctx.shape)
+        return unflatten(product(F.gelu(hidden), w2, b2), ctx.shape)
 
     @staticmethod
     def backward(ctx, dy):
         x, hidden, w1, w2 = ctx.saved_tensors
         of_x, _, *of_bias, _ = ctx.needs_input_grad
         dy = dy.reshape(-1, w2.shape[0])
-        inputs = dy, torch.mm(dy, w2), hidden
-        d_hidden, activated, d_bias1, d_bias2 = run(record_mlp_gradients, inputs, (of_bias[0], of_bias[2]))
+        d_hidden, activated, d_bias1, d_bias2 = run(  # and the gradient of what is activated is not held any more
+            record_mlp_gradients, (dy, torch.mm(dy, w2), hidden), (of_bias[0], of_bias[2])
+        )
         dx = convert(torch.mm(d_hidden, w1).view(ctx.shape), ctx.type) if of_x else None
-        return dx, _weight_gradient(d_hidden, x), d_bias1, _weight_gradient(dy, activated), d_bias2, None
-
-
-@eager_function
-class _MixedPair(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        x, w1, b1, w2, b2 = _start(ctx, *inputs)
-        ctx.save_for_backward(x, w1, w2)
-        return tuple([_unflatten(_product(x, w, b), ctx.shape) for w, b in ((w1, b1), (w2, b2))])
-
-    @staticmethod
-    def backward(ctx, dy1, dy2):
-        x, w1, w2 = ctx.saved_tensors
-        of_x, _, of_bias1, _, of_bias2, _ = ctx.needs_input_grad
-        dy1, dy2 = dy1.reshape(-1, w1.shape[0]), dy2.reshape(-1, w2.shape[0])
-        dx = convert(torch.mm(dy1, w1).addmm_(dy2, w2).view(ctx.shape), ctx.type) if of_x else None
-        d_bias1 = d_bias2 = None
-        if of_bias1 or of_bias2:
-            d_bias1, d_bias2 = run(record_two_sums, (dy1 if of_bias1 else None, dy2 if of_bias2 else None))
-        return dx, _weight_gradient(dy1, x), d_bias1, _weight_gradient(dy2, x), d_bias2, None
+        return dx, weight_gradient(d_hidden, x), d_bias1, weight_gradient(dy, activated), d_bias2, None

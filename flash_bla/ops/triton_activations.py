@@ -5,6 +5,9 @@ The activations' gradients give their value once more, which then need not be ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,13 +32,7 @@ def _store(base, at, length, value):
 
 
 @jit
-def cast_kernel(
-    weight_ptr, w_ptr, bias_ptr, b_ptr, factor_ptr, rows, columns, weight2_ptr, w2_ptr, bias2_ptr, b2_ptr, rows2,
-    columns2, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Copies in another type of weight (rows, columns) and bias, each row times its factor, and of another layer's."""
-    wait_for_inputs()
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _cast(weight_ptr, w_ptr, bias_ptr, b_ptr, rows, columns, factor_ptr, at):
     weight = _load(weight_ptr, at, rows * columns)
     if factor_ptr is not None:
         weight *= _load(factor_ptr, at // columns, rows)
@@ -45,10 +42,24 @@ def cast_kernel(
         if factor_ptr is not None:
             bias *= _load(factor_ptr, at, rows)
         _store(b_ptr, at, rows, bias)
-    if w2_ptr is not None:
-        _store(w2_ptr, at, rows2 * columns2, _load(weight2_ptr, at, rows2 * columns2))
-    if b2_ptr is not None:
-        _store(b2_ptr, at, rows2, _load(bias2_ptr, at, rows2))
+
+
+@jit
+def cast_kernel(
+    weight_ptr, w_ptr, bias_ptr, b_ptr, rows, columns, weight_ptr2, w_ptr2, bias_ptr2, b_ptr2, rows2, columns2,
+    weight_ptr3, w_ptr3, bias_ptr3, b_ptr3, rows3, columns3, weight_ptr4, w_ptr4, bias_ptr4, b_ptr4, rows4, columns4,
+    factor_ptr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copies of layers' weights (rows, columns) and biases in another type; of the first, each row times its factor."""
+    wait_for_inputs()
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _cast(weight_ptr, w_ptr, bias_ptr, b_ptr, rows, columns, factor_ptr, at)
+    if w_ptr2 is not None:
+        _cast(weight_ptr2, w_ptr2, bias_ptr2, b_ptr2, rows2, columns2, None, at)
+    if w_ptr3 is not None:
+        _cast(weight_ptr3, w_ptr3, bias_ptr3, b_ptr3, rows3, columns3, None, at)
+    if w_ptr4 is not None:
+        _cast(weight_ptr4, w_ptr4, bias_ptr4, b_ptr4, rows4, columns4, None, at)
 
 
 @jit
@@ -81,21 +92,35 @@ def sum_kernel(x_ptr, add_ptr, y_ptr, length, BLOCK: tl.constexpr):
 
 
 @jit
-def gate_kernel(x_ptr, gate_ptr, y_ptr, length, BLOCK: tl.constexpr):
+def _in_rows(at, stride, WIDTH: tl.constexpr):
+    """Places of elements in rows of so many, a stride apart; None stands for rows side by side."""
+    if WIDTH is None:
+        return at
+    else:
+        return at // WIDTH * stride + at % WIDTH
+
+
+@jit
+def gate_kernel(x_ptr, gate_ptr, y_ptr, length, gate_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     wait_for_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gate = _load(gate_ptr, at, length)
+    gate = tl.load(gate_ptr + _in_rows(at, gate_stride, WIDTH), mask=at < length, other=0.0).to(tl.float32)
     _store(y_ptr, at, length, _load(x_ptr, at, length) * gate / (1.0 + tl.exp(-gate)))
 
 
 @jit
-def gate_gradient_kernel(dy_ptr, x_ptr, gate_ptr, dx_ptr, d_gate_ptr, y_ptr, length, BLOCK: tl.constexpr):
+def gate_gradient_kernel(
+    dy_ptr, x_ptr, gate_ptr, dx_ptr, d_gate_ptr, y_ptr, length, gate_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     wait_for_inputs()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dy, x, gate = _load(dy_ptr, at, length), _load(x_ptr, at, length), _load(gate_ptr, at, length)
+    in_rows = _in_rows(at, gate_stride, WIDTH)
+    gate = tl.load(gate_ptr + in_rows, mask=at < length, other=0.0).to(tl.float32)
+    dy, x = _load(dy_ptr, at, length), _load(x_ptr, at, length)
     s = 1.0 / (1.0 + tl.exp(-gate))
     _store(dx_ptr, at, length, dy * gate * s)
-    _store(d_gate_ptr, at, length, dy * x * s * (1.0 + gate * (1.0 - s)))
+    d_gate = dy * x * s * (1.0 + gate * (1.0 - s))
+    tl.store(d_gate_ptr + in_rows, d_gate.to(d_gate_ptr.dtype.element_ty), mask=at < length)
     _store(y_ptr, at, length, x * gate * s)
 
 
@@ -111,21 +136,27 @@ def gelu_gradient_kernel(
 
 
 def record_casts(
-    record: Record, weight: Tensor, bias: Tensor | None, weight2: Tensor | None, bias2: Tensor | None,
-    dtype: torch.dtype, factor: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Weight and bias of a layer, times a factor for each row, and those of a second one, in another type."""
-    originals = weight, bias, weight2, bias2
-    copies = [None if x is None else record.new_empty(x.shape, dtype) for x in originals]
-    rows, columns = weight.shape
-    arguments = dict(factor_ptr=record.contiguous(factor), rows=rows, columns=columns, BLOCK=BLOCK)
-    arguments["rows2"], arguments["columns2"] = (0, 0) if weight2 is None else weight2.shape
-    names = (("weight", "w"), ("bias", "b"), ("weight2", "w2"), ("bias2", "b2"))
-    for (name, copy_name), original, copy in zip(names, originals, copies, strict=True):
-        arguments |= {f"{name}_ptr": record.contiguous(original), f"{copy_name}_ptr": copy}
-    length = max(x.numel() for x in originals if x is not None)
-    record.launch(cast_kernel, (cdiv(length, BLOCK), 1, 1), arguments)
-    return tuple(copies)
+    record: Record, *arguments: Any, factor: Tensor | None = None, copies: Sequence[Tensor | None] = ()
+) -> tuple[Tensor | None, ...]:
+    """Up to four layers' weights and biases in a type, the last argument; the first's rows times factors.
+
+    The first of them are written to ``copies``.
+    """
+    *parameters, dtype = arguments
+    new = [None if x is None else record.new_empty(x.shape, dtype) for x in parameters[len(copies) :]]
+    copies = *copies, *new
+    launch = dict.fromkeys(cast_kernel.arg_names) | dict(factor_ptr=record.contiguous(factor), BLOCK=BLOCK)
+    for i in range(0, len(parameters), 2):
+        weight, bias = parameters[i : i + 2]
+        rows, columns = weight.shape
+        layer = dict(
+            weight_ptr=record.contiguous(weight), w_ptr=copies[i], bias_ptr=record.contiguous(bias),
+            b_ptr=copies[i + 1], rows=rows, columns=columns,
+        )  # fmt: skip
+        launch |= {f"{name}{i // 2 + 1 if i else ''}": value for name, value in layer.items()}
+    length = max(x.numel() for x in parameters if x is not None)
+    record.launch(cast_kernel, (cdiv(length, BLOCK), 1, 1), launch)
+    return copies
 
 
 def record_operands(
@@ -133,13 +164,8 @@ def record_operands(
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """x · silu(gate), if there is a gate; weight and bias in another type, times a factor for each row."""
-    w, b, *_ = record_casts(record, weight, bias, None, None, dtype, factor)
+    w, b = record_casts(record, weight, bias, dtype, factor=factor)
     return None if gate is None else record_gate(record, x, gate), w, b
-
-
-def record_two_sums(record: Record, x: Tensor | None, y: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The sums of the columns of two matrices."""
-    return tuple(None if z is None else column_sums(record, z) for z in (x, y))
 
 
 def record_mlp_gradients(
@@ -195,21 +221,34 @@ def record_gradients(
 
 
 def record_gate(record: Record, x: Tensor, gate: Tensor) -> Tensor:
-    """x · silu(gate)."""
+    """x · silu(gate); see ``_layout``."""
     y = record.new_empty(x.shape, x.dtype)
-    _launch(record, gate_kernel, dict(x_ptr=x, gate_ptr=gate), y_ptr=y)
+    gate, layout = _layout(record, gate)
+    _launch(record, gate_kernel, dict(x_ptr=x), gate_ptr=gate, y_ptr=y, **layout)
     return y
 
 
 def record_gate_gradient(
-    record: Record, dy: Tensor, x: Tensor, gate: Tensor, again: bool = False
+    record: Record, dy: Tensor, x: Tensor, gate: Tensor, again: bool = False, d_gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of x and of the gate, and with ``again`` what ``record_gate`` gave."""
-    dx, d_gate = record.new_empty(x.shape, x.dtype), record.new_empty(gate.shape, x.dtype)
+    """Gradients of x and of the gate, and with ``again`` what ``record_gate`` gave.
+
+    That of the gate is written to ``d_gate``, where it is given, of the gate's strides.
+    """
+    dx = record.new_empty(x.shape, x.dtype)
     y = record.new_empty(x.shape, x.dtype) if again else None
-    inputs = dict(dy_ptr=dy, x_ptr=x, gate_ptr=gate)
-    _launch(record, gate_gradient_kernel, inputs, dx_ptr=dx, d_gate_ptr=d_gate, y_ptr=y)
+    gate, layout = _layout(record, gate)
+    d_gate = record.new_empty(gate.shape, x.dtype) if d_gate is None else d_gate
+    inputs, outputs = dict(dy_ptr=dy, x_ptr=x), dict(dx_ptr=dx, d_gate_ptr=d_gate, y_ptr=y)
+    _launch(record, gate_gradient_kernel, inputs, gate_ptr=gate, **outputs, **layout)
     return dx, d_gate, y
+
+
+def _layout(record: Record, gate: Tensor) -> tuple[Tensor, dict]:
+    """A gate, which may be columns of a matrix, and how it lies."""
+    if gate.is_contiguous() or gate.ndim != 2 or gate.stride(1) != 1:
+        return record.contiguous(gate), dict(gate_stride=0, WIDTH=None)
+    return gate, dict(gate_stride=gate.stride(0), WIDTH=gate.shape[1])
 
 
 def record_gelu_gradient(record: Record, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

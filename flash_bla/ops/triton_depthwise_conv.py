@@ -202,12 +202,12 @@ def _launch_forward(
 def record_backward(
     record: Record, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, gate: Tensor | None,
     base: Tensor | None, d_gate: Tensor | None, needed: tuple[bool, ...], height: int, width: int, stride: int,
-    residual: bool, activation: str | None, input_activation: str | None,
+    residual: bool, activation: str | None, input_activation: str | None, add_to_base: bool = True,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of the first five inputs of the forward operator, None for what is not needed.
 
-    So is that of ``add`` without ``gate``: it is dy. That of x is added to ``base``, and that of the gate written to
-    ``d_gate``, where these are given.
+    So is that of ``add`` without ``gate``: it is dy. That of x is added to ``base``, or replaces it, and that of the
+    gate is written to ``d_gate``, where these are given.
     """
     new = needed[0] and base is None, *needed[1:4], needed[4] and d_gate is None
     gradients = dx, d_weight, d_bias, d_add, _ = _new_gradients(record, new, dy, x, weight, bias, gate)
@@ -244,7 +244,7 @@ def record_backward(
         tensors = dict(dz=dz, x=x if of_filters or sloped else None, dx=dx)
         _launch_on(
             record, image, gradient_kernel, way, _output_size(*source, stride), source, tensors, programs,
-            partial_ptr=partial, STRIDE=stride, RESIDUAL=residual, ADD=base is not None, INPUT=of_input,
+            partial_ptr=partial, STRIDE=stride, RESIDUAL=residual, ADD=base is not None and add_to_base, INPUT=of_input,
             INPUT_DERIVATIVE=of_input_derivative if sloped else None,
         )  # fmt: skip
         if of_filters:

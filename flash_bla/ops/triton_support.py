@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import Any
 
@@ -200,7 +202,7 @@ class Launch:
         self.kernel, self.grid, self.options = kernel, grid, options
         self.values = values  # with meta tensors in the place of tensors
         self.pointers: list[tuple[int, int, int]] = []  # place among the values, tensor, bytes from its first element
-        self.compiled = None
+        self.call: tuple[Callable, tuple, bool] | None = None  # of the compiled kernel; see ``_compiled_call``
 
     def run(self, tensors: list[Tensor | None]) -> None:
         """The call on tensors, by Triton's own launch: it compiles the kernel where it must."""
@@ -215,7 +217,30 @@ class Launch:
         else:
             overlap = NVIDIA and torch.cuda.get_device_capability() >= (9, 0)
             options = launch_options(**self.options, overlap=overlap)
-            self.compiled = self.kernel[self.grid](*values, **options)
+            compiled = self.kernel[self.grid](*values, **options)
+            self.call = _compiled_call(compiled, self.grid, values)
+
+
+def _compiled_call(compiled, grid: tuple[int, int, int], values: list) -> tuple[Callable, tuple, bool]:
+    """What launches a compiled kernel on other values: ``call(*grid, stream, *others, *values)``.
+
+    It is what Triton's launcher calls, a function in C, where the launcher does nothing else: that takes as long again.
+    ``call`` and ``others``, and whether it takes the values as one sequence, as it does since Triton 3.7.
+    """
+    stream, calls = object(), []
+    launcher = copy(compiled.run)
+    others = compiled.function, compiled.packed_metadata, None, None, None  # no hooks
+    if getattr(launcher, "global_scratch_size", 1) == 0 == getattr(launcher, "profile_scratch_size", 1):
+        launcher.launch = lambda *arguments: calls.append(arguments)
+        launcher(*grid, stream, *others, *values)
+    same = lambda x, y: len(x) == len(y) and all(map(operator.is_, x, y))  # noqa: E731  tensors have no truth value
+    if len(calls) == 1 and same(calls[0][:4], (*grid, stream)):
+        (arguments,) = calls
+        if same(arguments[-len(values) :], values):
+            return compiled.run.launch, arguments[4 : -len(values)], False
+        if isinstance(arguments[-1], tuple) and same(arguments[-1], values):
+            return compiled.run.launch, arguments[4:-1], True
+    return compiled.run, others, False
 
 
 class Record:
@@ -238,7 +263,10 @@ class Record:
         inputs = [
             None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META) for x in tensors
         ]
+        self._last: dict[Callable, list] = {}
         outputs = function(self, *inputs, *options)
+        for last, items in self._last.items():
+            last(self, items)
         self._is_tuple = isinstance(outputs, tuple)
         self._lay_out(inputs, outputs if self._is_tuple else (outputs,))
 
@@ -271,6 +299,10 @@ class Record:
         if min(grid) > 0:
             options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
             self.launches.append(Launch(kernel, grid, [arguments[name] for name in kernel.arg_names], options))
+
+    def at_end(self, function: Callable, item: Any) -> None:
+        """Calls ``function(record, items)`` when all else is recorded, once for all items that it is given."""
+        self._last.setdefault(function, []).append(item)
 
     def _lay_out(self, inputs: list[Tensor | None], outputs: tuple[Tensor | None, ...]) -> None:
         """Numbers all tensors: inputs, copies, outputs and zeros, then one allocation for what else there is."""
@@ -320,14 +352,17 @@ class Record:
         runtime = triton.knobs.runtime
         hooked = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # a profiler wants to see launches
         for launch in self.launches:
-            compiled = launch.compiled
-            if compiled is None or hooked:
+            if launch.call is None or hooked:
                 launch.run(tensors)
                 continue
             values = launch.values.copy()
             for place, number, start in launch.pointers:
                 values[place] = pointers[number] + start
-            compiled.run(*launch.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+            call, others, together = launch.call
+            if together:
+                call(*launch.grid, stream, *others, values)
+            else:
+                call(*launch.grid, stream, *others, *values)
 
 
 def _storage(x: Tensor) -> int:

@@ -10,7 +10,7 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2 as TimmPyramidVisionTr
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from flash_bla.models.mlla import MLLA
+from flash_bla.models.mlla import MLLA, MambaLikeBlock
 from flash_bla.models.pvtv2 import PyramidVisionTransformerV2
 from flash_bla.models.ravlt import RAVLT
 
@@ -141,3 +141,17 @@ def test_head_of_ravlt():
     assert model.num_classes == 0 and model.num_features == 32 and model(x).shape == (2, 2, 2, 32)
     model.reset_classifier(3, "avg")
     assert model(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", [
+    "cpe1", "norm1", "act_proj", "in_proj", "dwc", "attn", "attn.qk", "attn.lepe", "out_proj", "cpe2", "norm2", "mlp",
+    "mlp.fc1", "mlp.fc2",
+])  # fmt: skip
+def test_layers_with_hooks_are_called(name):
+    """And give what the block's halves do, which read their parameters alone."""
+    block, calls = MambaLikeBlock(16, 2, "mlla", {}, dtype=torch.float64), []
+    x = torch.randn(2, 13, 16, dtype=torch.float64)
+    expected = block(x, (3, 4))
+    block.get_submodule(name).register_forward_hook(lambda *arguments: calls.append(arguments))
+    torch.testing.assert_close(block(x, (3, 4)), expected)
+    assert len(calls) == 1

@@ -110,7 +110,8 @@ def around_attention(dtype, D):
     for gate, factor in ((None, None), (x, weight)):
         yield Record(activations.record_operands, (x, gate, x, x[:, 0], factor), (dtype,))
         yield Record(activations.record_gradients, (x, x, x, gate), (gate is None, True))
-    yield Record(activations.record_casts, (x, weight, x, weight), (dtype,))
+    yield Record(activations.record_casts, (x, weight) * 4, (dtype,))
+    yield Record(activations.record_mlp_gradients, (x, x, x), (True, True))
     yield Record(activations.record_sum, (x, x))
     yield Record(activations.scale_gradients, (x, weight, x, weight, weight))
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_bla.layers import Mlp
 from flash_bla.ops import linear
-from flash_bla.ops.linear import linear_pair, mlp
+from flash_bla.ops.linear import mlp
 from flash_bla.ops.triton_support import HAS_TRITON
 from tests.ops.cases import DEVICE
 
@@ -110,29 +110,6 @@ def test_mlp(backend, frozen, biases):
         assert got.shape == want.shape and (got.double() - want).norm() <= 2e-2 * want.norm()
 
 
-@pytest.mark.parametrize("frozen", [None, "x", "bias1", "bias"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_pair(backend, frozen):
-    (x, weight1, bias1), dy1 = make_inputs((2, 50, 24), 40, torch.bfloat16)
-    (_, weight2, bias2), dy2 = make_inputs((2, 50, 24), 32, torch.bfloat16)
-    inputs = dict(x=x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
-    results = []
-    for dtype in (None, torch.float64):
-        leaves = {name: y.to(dtype or y.dtype).requires_grad_(frozen not in (name, name.rstrip("12")))
-                  for name, y in inputs.items()}  # fmt: skip
-        x, weight1, bias1, weight2, bias2 = leaves.values()
-        if dtype:
-            outputs = F.linear(x, weight1, bias1), F.linear(x, weight2, bias2)
-        else:
-            with torch.autocast(DEVICE, torch.bfloat16):
-                outputs = linear_pair(*leaves.values(), backend=backend)
-        needed = [z for z in leaves.values() if z.requires_grad]
-        gradients = [dy.to(y.dtype) for y, dy in zip(outputs, (dy1, dy2), strict=True)]
-        results.append([*outputs, *torch.autograd.grad(outputs, needed, gradients)])
-    for got, want in zip(*results, strict=True):
-        assert got.shape == want.shape and (got.double() - want).norm() <= 1e-2 * want.norm()
-
-
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("activation", ["gelu", "gate"])
 def test_what_the_activation_gives_is_not_kept(activation):
@@ -192,13 +169,12 @@ def test_traced_for_others_it_is_plain():
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_an_empty_batch_has_gradients_of_zero():
     x, weight, bias = torch.zeros(0, 5, 16), torch.randn(8, 16), torch.randn(8)
-    leaves = [y.to(DEVICE).requires_grad_() for y in (x, weight, bias, weight.clone(), bias.clone())]
+    leaves = [y.to(DEVICE).requires_grad_() for y in (x, weight, bias)]
     with torch.autocast(DEVICE, torch.bfloat16):
-        y = linear(*leaves[:3], split=(2, -1), backend="triton")
-        pair = linear_pair(*leaves, backend="triton")
-        out = mlp(*leaves[:3], leaves[1].t(), None, backend="triton")
-    assert [z.shape for z in (y, *pair, out)] == [(0, 5, 2, 4), (0, 5, 8), (0, 5, 8), (0, 5, 16)]
-    for gradient in torch.autograd.grad([y.sum(), *(z.sum() for z in (*pair, out))], leaves):
+        y = linear(*leaves, split=(2, -1), backend="triton")
+        out = mlp(*leaves, leaves[1].t(), None, backend="triton")
+    assert [z.shape for z in (y, out)] == [(0, 5, 2, 4), (0, 5, 16)]
+    for gradient in torch.autograd.grad([y.sum(), out.sum()], leaves):
         assert gradient.abs().sum() == 0
 
 

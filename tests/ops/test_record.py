@@ -2,12 +2,15 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flash_bla.ops import add_layer_norm, depthwise_conv, linear_attention, silu_gate
-from flash_bla.ops.triton_support import HAS_TRITON
+from flash_bla.ops import add_layer_norm, depthwise_conv, linear_attention, silu_gate, triton_support
+from flash_bla.ops.triton_activations import record_mlp_gradients
+from flash_bla.ops.triton_column_sums import column_sums
+from flash_bla.ops.triton_support import HAS_TRITON, META, Record
 from tests.ops.cases import DEVICE
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -68,3 +71,38 @@ def test_gradients_of_gradients_are_refused(name):
     (gradient, *_) = torch.autograd.grad(function(*leaves, backend="triton").square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_sums_go_together():
+    x = torch.empty(64, 32, dtype=torch.bfloat16, device=META)
+    names = lambda *record: [launch.kernel.__name__ for launch in Record(*record).launches]  # noqa: E731
+    sums = ["column_sums_kernel", "shares_kernel"]
+    assert names(record_mlp_gradients, (x, x, x), (True, True)) == ["gelu_gradient_kernel", *sums]
+    five = lambda record, *tensors: tuple(column_sums(record, y) for y in tensors)  # noqa: E731
+    assert names(five, [x] * 5) == [name for name, launches in zip(sums, (3, 2), strict=True) for _ in range(launches)]
+
+
+@pytest.mark.parametrize("kind", ["separate", "together", "another order", "scratch"])
+def test_launches_go_past_triton_where_it_does_nothing_else(kind):
+    seen = []
+
+    class Launcher:
+        global_scratch_size = int(kind == "scratch")
+        profile_scratch_size = 0
+
+        def __init__(self):
+            self.launch = lambda *arguments: seen.append(arguments)
+
+        def __call__(self, x, y, z, stream, function, metadata, *others):
+            values = others[3:]
+            if kind == "another order":
+                return self.launch(stream, x, y, z, function, metadata, *values)
+            return self.launch(x, y, z, stream, function, 7, metadata, *([values] if kind == "together" else values))
+
+    compiled = SimpleNamespace(run=Launcher(), function="function", packed_metadata=(4, 1))
+    call, others, together = triton_support._compiled_call(compiled, (2, 3, 1), [torch.empty(2, device=META), 5, None])
+    assert not seen and (call is compiled.run.launch) == (kind in ("separate", "together"))
+    values = 11, 12, 13
+    call(2, 3, 1, "stream", *others, *([values] if together else values))
+    compiled.run(2, 3, 1, "stream", "function", (4, 1), None, None, None, *values)
+    assert len(seen) == 2 and seen[0] == seen[1]
