@@ -27,7 +27,7 @@ from flash_bla.ops import triton_support
 from flash_bla.ops.triton_tiles import Config
 from flash_bla.ops.triton_tuning import Tuning, plan, tuning_table
 
-RESIDENT, STAGES, REGISTERS = (1, 2, 3, 4, 5, 6), (1, 2, 3), (None, 128, 168)
+RESIDENT, STAGES, REGISTERS = (1, 2, 3, 4, 5, 6), (1, 2, 3, 4), (None, 128, 168)
 
 
 def seconds(name: str, shape: Sequence[int], device: torch.device) -> float:

@@ -36,7 +36,7 @@ from flash_bla.ops.triton_tiles import Config
 
 
 class Tuning(NamedTuple):
-    """How a kernel runs fastest: found for bfloat16 on an H200, some entries of "rope" on an H100."""
+    """How a kernel runs fastest: found for bfloat16 on an H200."""
 
     width: int  # of the tiles, to which narrow heads are joined
     resident: int  # programs on a multiprocessor at a time, as far as registers allow
@@ -125,6 +125,8 @@ def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool,
     group, block_d, block_dv = 1, power_of_two(max(D, 16)), power_of_two(max(D_v, 16))
     if D == D_v and 4 < D <= 32:  # heads stand side by side
         width, pitch = tuning_table(config, dtype, hopper)[kernel][0].width, power_of_two(D)
+        if dtype != torch.bfloat16 and kernel in (query_gradient_kernel, key_gradient_kernel):
+            width = 32  # their operands are twice as large, and take shared memory
         group = min(max(1, width // pitch), 4, 1 << (heads.bit_length() - 1))
         block_d = block_dv = max(16, pitch * group)
     config = config._replace(GROUP=group, BLOCK_D=block_d, BLOCK_DV=block_dv)
@@ -139,9 +141,11 @@ def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool,
     wide = max(block_d, block_dv) > 64 or size > 2
     if wide:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
-    extras = config.ROPE or config.DECOUPLED or config.KEY_WEIGHT and not config.PARAMETER
+    extras = config.ROPE or config.DECOUPLED or (config.KEY_WEIGHT and not config.PARAMETER)
     if kernel in (forward_kernel, backward_kernel) and extras:  # their pipelines would need too much of both
         tuning = tuning._replace(num_stages=1)
+    if dtype == torch.float16:
+        tuning = tuning._replace(num_stages=min(tuning.num_stages, 3))
     return config._replace(BLOCK_N=block_n), tuning
 
 

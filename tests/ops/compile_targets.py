@@ -165,9 +165,8 @@ def overlaps(target):
 
 def check_wait(compiled, target, what):
     """A kernel that may start before the end of the one before waits for it before it touches memory."""
-    instructions = re.findall(
-        r"griddepcontrol\.wait|(?:ld|st|atom|red|cp\.async[.\w]*)\.global|cp\.async", compiled.asm["ptx"]
-    )
+    pattern = r"griddepcontrol\.wait|\b(?:ld|st|atom|red|prefetch)[.\w:]*\.global|cp\.(?:async|reduce)"
+    instructions = re.findall(pattern, compiled.asm["ptx"])
     if overlaps(target):
         assert instructions[0] == "griddepcontrol.wait", f"{what} touches memory before it waits"
     assert instructions.count("griddepcontrol.wait") == overlaps(target), what
@@ -178,9 +177,12 @@ def main(targets):
     # kernel can hold beside them
     cases = [(label, torch.bfloat16, 32, 5000) for label in VARIANTS]
     cases += [
+        ("plain", torch.bfloat16, 32, 50),
         ("plain", torch.bfloat16, 64, 50),
         ("plain", torch.bfloat16, 64, 200),
         ("signed", torch.bfloat16, 64, 100),
+        ("focusing", torch.bfloat16, 64, 50),
+        ("focusing", torch.bfloat16, 64, 200),
         ("rope, weight", torch.bfloat16, 128, 5000),
         ("rope, weight", torch.bfloat16, 256, 20),
     ]

@@ -1,7 +1,9 @@
 """Operators called again: what was recorded for tensors of one kind must serve others of it, and no other kind."""
 
+import ast
 import gc
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +73,18 @@ def test_gradients_of_gradients_are_refused(name):
     (gradient, *_) = torch.autograd.grad(function(*leaves, backend="triton").square().sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_every_kernel_waits_first():
+    """A launch may start before the end of the one before."""
+    kernels = 0
+    for path in Path(triton_support.__file__).parent.glob("triton_*.py"):
+        for function in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel"):
+                first = function.body[1 if ast.get_docstring(function) else 0]
+                assert ast.unparse(first) == "wait_for_inputs()", f"{path.name}: {function.name}"
+                kernels += 1
+    assert kernels > 30
 
 
 def test_sums_go_together():
