@@ -42,7 +42,7 @@ class MambaLikeLinearAttention(nn.Module):
         head_width(dim, num_heads, multiple_of=2)
         if dim % 4:
             raise ValueError(f"the rotary encoding needs dim to be a multiple of 4, got {dim}")
-        self.num_heads = num_heads
+        self.dim, self.num_heads = dim, num_heads
         self.qk = Linear(dim, 2 * dim, bias=qkv_bias, **dd)
         self.lepe = DepthwiseConv(dim, kernel_size, **dd)
 
@@ -58,5 +58,5 @@ class MambaLikeLinearAttention(nn.Module):
         )
 
     def rope(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The rotary encoding of tokens like x."""
-        return axial_rope(x, grid, x.shape[2], self.num_heads)
+        """The rotary encoding of tokens of x's device and type."""
+        return axial_rope(x, grid, self.dim, self.num_heads)

@@ -173,7 +173,7 @@ class MambaLikeBlock(Block):
 
     def _feed_forward(self, x: Tensor, add: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         mlp = self.mlp
-        if is_plain(mlp, Mlp) and not (mlp.drop.p and self.training):
+        if is_plain(mlp, Mlp) and is_plain(mlp.drop, nn.Dropout) and not (mlp.drop.p and mlp.drop.training):
             parameters = _read(x, self.cpe2, self.norm2, mlp.fc1, mlp.fc2)
             if parameters is not None:
                 return mamba_like_mlp(x, add, grid, self.norm2.eps, *parameters)

@@ -289,7 +289,7 @@ def _attend(
         if isinstance(key_weight, str) and feature_map.parameter is not None:
             raise ValueError(f'key_weight="softmax" is not defined for {feature_map.name}')
         if rope is not None:
-            _check_rope(rope, q, H, N, M, D)
+            check_rope(rope, q, H, N, M, D)
 
     try:
         eager = is_eager(q) and choose_backend(backend, q) == "triton"
@@ -355,7 +355,7 @@ def _check_feature_map(feature_map: FeatureMap, q: Tensor, H: int, D: int, D_v: 
         raise ValueError("rope is not defined for the 2D features of signed_power")
 
 
-def _check_rope(rope: Tensor, q: Tensor, H: int, N: int, M: int, D: int) -> None:
+def check_rope(rope: Tensor, q: Tensor, H: int, N: int, M: int, D: int) -> None:
     check_device("rope", rope, q)
     if M != N or D % 2:
         raise ValueError(f"rope needs as many keys as queries and an even head width, got N={N}, M={M}, D={D}")

@@ -17,7 +17,7 @@ from flash_bla.ops.arguments import autocast_dtype, convert
 from flash_bla.ops.depthwise_conv import check_convolution, check_grid, depthwise_conv
 from flash_bla.ops.feature_maps import resolve_feature_map
 from flash_bla.ops.linear import check_layers, is_mixed, linear, mlp, product, unflatten, weight_gradient
-from flash_bla.ops.linear_attention import linear_attention_dwc
+from flash_bla.ops.linear_attention import check_rope, linear_attention_dwc
 from flash_bla.ops.triton_activations import record_casts, record_gate, record_gate_gradient, record_mlp_gradients
 from flash_bla.ops.triton_column_sums import column_sums
 from flash_bla.ops.triton_support import Record, eager_function, run
@@ -50,8 +50,8 @@ def mamba_like_mixer(
         z and s ``(B, N, C)``, under autocast in its type.
     """
     cpe, norm, gate_layer, in_layer, dwc, qk, lepe, out_layer = _pairs(parameters)
-    as_one = x.shape[-1] <= WIDEST * num_heads and (gate_layer[1] is None) == (in_layer[1] is None)
-    if as_one and is_mixed(backend, x, gate_layer[0], in_layer[0], qk[0], out_layer[0]):
+    layers = gate_layer, in_layer, qk, out_layer
+    if _are_square(x.shape[-1], num_heads, *layers) and is_mixed(backend, x, *[weight for weight, _ in layers]):
         return _Mixer.apply(x, *parameters, check_grid(grid), eps, num_heads, rope, autocast_dtype(x))
     y, s = conv_norm.depthwise_conv_norm(x, grid, *cpe, *norm, eps, backend=backend)
     gate, v = linear(y, *gate_layer, backend=backend), linear(y, *in_layer, backend=backend)
@@ -86,6 +86,16 @@ def mamba_like_mlp(
     return mlp(y, *layer1, *layer2, backend=backend), s
 
 
+def _are_square(C: int, num_heads: int, gate_layer: tuple, in_layer: tuple, qk: tuple, out_layer: tuple) -> bool:
+    """Whether layers of C channels have as many outputs, twice as many for q and k; all others go one by one."""
+    return (
+        C <= WIDEST * num_heads
+        and gate_layer[0].shape == in_layer[0].shape == out_layer[0].shape == (C, C)
+        and qk[0].shape == (2 * C, C)
+        and (gate_layer[1] is None) == (in_layer[1] is None)
+    )
+
+
 def _pairs(parameters: Sequence[Tensor | None]) -> list[tuple[Tensor | None, Tensor | None]]:
     return list(zip(parameters[::2], parameters[1::2], strict=True))
 
@@ -117,7 +127,7 @@ def _check_start(x, add, weight, bias, norm_weight, norm_bias, *arguments) -> No
 
 def _start(ctx, x, add, of_conv_norm, layers, grid, eps, dtype, join=False) -> tuple[Tensor, Tensor, tuple, list]:
     """The norm's output in rows, s, what is kept, and the layers' parameters in a type."""
-    ctx.type, ctx.of_conv_norm = x.dtype, (grid, eps)
+    ctx.type, ctx.conv_norm_options = x.dtype, (grid, eps)
     x, add = convert(x, dtype), convert(add, dtype)
     y, s, z, *layers = run(record_start, (x, add, *of_conv_norm, *layers), (grid, eps, join), _check_start)
     return y, s, (x if z is None else z, s, *of_conv_norm), layers
@@ -126,7 +136,7 @@ def _start(ctx, x, add, of_conv_norm, layers, grid, eps, dtype, join=False) -> t
 def _end(ctx, dy, ds, kept, needed) -> tuple[Tensor | None, ...]:
     """Gradients of x + add, and of the convolution's and the norm's parameters, which may be needed."""
     of_weight, of_bias, *of_norm = needed
-    options = *ctx.of_conv_norm, (of_weight, of_bias), any(of_norm)
+    options = *ctx.conv_norm_options, (of_weight, of_bias), any(of_norm)
     return run(conv_norm.record_backward, (dy, ds, *kept), options)
 
 
@@ -197,10 +207,18 @@ def record_conv_gradients(
     return d_weight, d_bias, *(column_sums(record, z) if of else None for z, of in ((d_gate, of_gate), (dx, of_x)))
 
 
-def _check(
+def _check_convolution(
     gate_and_x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], grid: tuple[int, int]
 ) -> None:
     check_convolution(_halves(gate_and_x)[1].unflatten(0, size), weight, bias, None, None, *grid, *SILU)
+
+
+def _check_attention(
+    gate_and_x: Tensor, weight: Tensor, bias: Tensor | None, qk: Tensor, v: Tensor, rope: Tensor,
+    size: tuple[int, int], num_heads: int, grid: tuple[int, int],
+) -> None:  # fmt: skip
+    check_convolution(v.unflatten(0, size), weight, bias, None, None, *grid, *attention_dwc.NO_EXTRAS)
+    check_rope(rope, v, num_heads, size[1], size[1], v.shape[1] // num_heads)
 
 
 @eager_function
@@ -215,9 +233,9 @@ class _Mixer(torch.autograd.Function):
         y, s, kept, layers = _start(ctx, x, None, (cw, cb, nw, nb), layers, grid, eps, dtype, True)
         w, b, wq, bq, wo, bo = layers
         both = product(y, w, b)
-        v = run(record_convolution, (both, wc, bc), (size, grid), _check)
+        v = run(record_convolution, (both, wc, bc), (size, grid), _check_convolution)
         qk = product(v, wq, bq)
-        gated, *outputs = run(record_attention, (both, wl, bl, qk, v, rope), ctx.options)
+        gated, *outputs = run(record_attention, (both, wl, bl, qk, v, rope), ctx.options, _check_attention)
         ctx.save_for_backward(*kept, y, wc, bc, w, wq, wo, *outputs, both, wl, bl, qk, v, rope)
         return unflatten(product(gated, wo, bo), s.shape), s
 
@@ -227,7 +245,7 @@ class _Mixer(torch.autograd.Function):
         _, *of_start, _, of_ba, _, of_bi, of_wc, of_bc, _, of_bq, of_wl, of_bl, _, of_bo = ctx.needs_input_grad[:17]
         size, _, grid = ctx.options
         dz = dz.reshape(y.shape)
-        # what is not needed any more is not held: memory is shortest where the backward pass begins
+        # what is not needed any more is not held
         gated, d_both, dqk, dv, d_wl, d_bl, d_bq, d_bo = run(
             record_attention_gradients,
             (dz, torch.mm(dz, wo), o, state, both, wl, bl, qk, v, rope),
@@ -239,7 +257,7 @@ class _Mixer(torch.autograd.Function):
         d_wc, d_bc, d_ba, d_bi = run(
             record_conv_gradients, (dv, d_both, both, wc, bc), (size, grid, (of_wc, of_bc), of_ba, of_bi)
         )
-        d_wa, d_wi = weight_gradient(d_both, y).chunk(2)
+        d_wa, d_wi = (weight_gradient(dz, y) for dz in _halves(d_both))
         dy = torch.mm(d_both, w)
         del dv, d_both
         dx, *of_start = _end(ctx, dy, ds, kept, of_start)

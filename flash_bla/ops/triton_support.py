@@ -206,7 +206,8 @@ class Launch:
         self.kernel, self.grid, self.options = kernel, grid, options
         self.values = values  # with meta tensors in the place of tensors
         self.pointers: list[tuple[int, int, int]] = []  # place among the values, tensor, bytes from its first element
-        self.call: tuple[Callable, tuple, bool] | None = None  # of the compiled kernel; see ``_compiled_call``
+        self.compiled = None  # kept: Triton unloads a kernel that nobody holds
+        self.call: tuple[Callable, tuple, bool] | None = None  # see ``_compiled_call``
 
     def run(self, tensors: list[Tensor | None]) -> None:
         """The call on tensors, by Triton's own launch: it compiles the kernel where it must."""
@@ -221,8 +222,8 @@ class Launch:
         else:
             overlap = NVIDIA and torch.cuda.get_device_capability() >= (9, 0)
             options = launch_options(**self.options, overlap=overlap)
-            compiled = self.kernel[self.grid](*values, **options)
-            self.call = _compiled_call(compiled, self.grid, values)
+            self.compiled = self.kernel[self.grid](*values, **options)
+            self.call = self.compiled and _compiled_call(self.compiled, self.grid, values)
 
 
 def _compiled_call(compiled, grid: tuple[int, int, int], values: list) -> tuple[Callable, tuple, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from timm.models.pvt_v2 import PyramidVisionTransformerV2 as TimmPyramidVisionTr
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from flash_bla.layers import DepthwiseConv, Linear, MambaLikeLinearAttention
 from flash_bla.models.mlla import MLLA, MambaLikeBlock
 from flash_bla.models.pvtv2 import PyramidVisionTransformerV2
 from flash_bla.models.ravlt import RAVLT
+from flash_bla.ops.triton_support import HAS_TRITON
+from tests.ops.cases import DEVICE
 
 WIDTHS = {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4)}
 SMALL = {
@@ -145,7 +149,7 @@ def test_head_of_ravlt():
 
 @pytest.mark.parametrize("name", [
     "cpe1", "norm1", "act_proj", "in_proj", "dwc", "attn", "attn.qk", "attn.lepe", "out_proj", "cpe2", "norm2", "mlp",
-    "mlp.fc1", "mlp.fc2",
+    "mlp.fc1", "mlp.fc2", "mlp.drop",
 ])  # fmt: skip
 def test_layers_with_hooks_are_called(name):
     """And give what the block's halves do, which read their parameters alone."""
@@ -155,3 +159,27 @@ def test_layers_with_hooks_are_called(name):
     block.get_submodule(name).register_forward_hook(lambda *arguments: calls.append(arguments))
     torch.testing.assert_close(block(x, (3, 4)), expected)
     assert len(calls) == 1
+
+
+def test_dropout_alone_may_train():
+    """As in Monte Carlo dropout."""
+    block = MambaLikeBlock(16, 2, "mlla", {}, proj_drop=0.5).eval()
+    block.mlp.drop.train()
+    x = torch.randn(2, 13, 16)
+    assert not torch.equal(block(x, (3, 4)), block(x, (3, 4)))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_a_wider_attention_trains_in_mixed_precision(monkeypatch):
+    block = MambaLikeBlock(16, 2, "mlla", {}).to(DEVICE)
+    block.act_proj, block.in_proj, block.out_proj = (Linear(*sizes) for sizes in ((16, 32), (16, 32), (32, 16)))
+    block.dwc, block.attn = DepthwiseConv(32, 3), MambaLikeLinearAttention(32, 2)
+    block.to(DEVICE)
+    x = torch.randn(2, 13, 16, device=DEVICE)
+    expected = deepcopy(block).double()(x.double(), (3, 4))
+    monkeypatch.setenv("FLASH_BLA_BACKEND", "triton")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = block(x, (3, 4))
+    assert (y.double() - expected).norm() <= 2e-2 * expected.norm()
+    y.float().sum().backward()
+    assert all(parameter.grad is not None for parameter in block.parameters())

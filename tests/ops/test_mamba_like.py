@@ -76,6 +76,19 @@ def test_mixed_precision(half, backend, N, biases, frozen, outputs):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("changed", [
+    {"lepe.bias": (8,)}, {"lepe": (C + 8, 1, 3, 3), "lepe.bias": (C + 8,)}, {"lepe": (C, 1, 9, 9)}, {"lepe": (C, 9)},
+    {"dwc.bias": (8,)}, {"qk": (4 * C, C), "qk.bias": (4 * C,)}, {"gate": (8, C), "gate.bias": (8,)},
+    {"gate.bias": (8,)},
+], ids=lambda changed: " ".join(f"{name} {shape}" for name, shape in changed.items()))  # fmt: skip
+def test_shapes_that_do_not_fit(changed):
+    inputs = make_inputs("mixer") | {name: torch.randn(shape, device=DEVICE) for name, shape in changed.items()}
+    leaves = [y.requires_grad_() for y in inputs.values()]
+    with torch.autocast(DEVICE, torch.bfloat16), pytest.raises(ValueError, match="got"):
+        apply("mixer", leaves, backend="triton")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("half", LAYERS)
 def test_one_node_where_all_layers_train(half):
     inputs = make_inputs(half)

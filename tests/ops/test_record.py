@@ -96,6 +96,22 @@ def test_sums_go_together():
     assert names(five, [x] * 5) == [name for name, launches in zip(sums, (3, 2), strict=True) for _ in range(launches)]
 
 
+def test_a_launch_keeps_its_kernel(monkeypatch):
+    """Triton unloads one that nobody holds."""
+
+    class Compiled:
+        run, function, packed_metadata = print, 0, ()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *values, **options: Compiled()
+
+    monkeypatch.setattr(triton_support, "INTERPRETING", False)
+    launch = triton_support.Launch(Kernel(), (1, 1, 1), [5], dict(num_warps=4))
+    launch.run([])
+    assert type(launch.compiled) is Compiled and launch.call == (print, (0, (), None, None, None), False)
+
+
 @pytest.mark.parametrize("kind", ["separate", "together", "another order", "scratch"])
 def test_launches_go_past_triton_where_it_does_nothing_else(kind):
     seen = []
