@@ -173,10 +173,11 @@ class MambaLikeBlock(Block):
 
     def _feed_forward(self, x: Tensor, add: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         mlp = self.mlp
-        if is_plain(mlp, Mlp) and is_plain(mlp.drop, nn.Dropout) and not (mlp.drop.p and mlp.drop.training):
+        if is_plain(mlp, Mlp) and not (mlp.drop.p and mlp.training):
             parameters = _read(x, self.cpe2, self.norm2, mlp.fc1, mlp.fc2)
             if parameters is not None:
-                return mamba_like_mlp(x, add, grid, self.norm2.eps, *parameters)
+                y, x = mamba_like_mlp(x, add, grid, self.norm2.eps, *parameters)
+                return mlp.drop(y), x
         y, x = convolve_and_norm(self.cpe2, self.norm2, x, grid, add=add)
         return mlp(y), x
 
