@@ -48,6 +48,12 @@ def mamba_like_mixer(
 
     Returns:
         z and s ``(B, N, C)``, under autocast in its type.
+
+    Raises:
+        ValueError: Shapes that do not fit, a grid of more places than tokens, or a rotary encoding of other heads.
+
+    Reference:
+        Han et al., "Demystify Mamba in Vision: A Linear Attention Perspective", NeurIPS 2024.
     """
     cpe, norm, gate_layer, in_layer, dwc, qk, lepe, out_layer = _pairs(parameters)
     layers = gate_layer, in_layer, qk, out_layer
@@ -78,6 +84,9 @@ def mamba_like_mlp(
 
     Returns:
         z and s ``(B, N, C)``, under autocast in its type.
+
+    Raises:
+        ValueError: As there.
     """
     cpe, norm, layer1, layer2 = _pairs(parameters)
     if is_mixed(backend, x, layer1[0], layer2[0]):
