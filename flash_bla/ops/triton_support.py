@@ -142,7 +142,7 @@ def _wait_nvidia():
 # What every kernel begins with: from Hopper on, a launch starts while the one before it ends ("programmatic dependent
 # launch"), and must neither read nor write until that has ended. As all wait, all before have ended then, too. A kernel
 # could let the next one start even earlier; but the next one's programs would then be spread unevenly over the
-# multiprocessors, and take some percent more, or up to 30 where they loop over heads.
+# multiprocessors, and take some percent more, or a quarter where they loop over heads.
 wait_for_inputs = _wait_nvidia if NVIDIA else no_wait
 
 
