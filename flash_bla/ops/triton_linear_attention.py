@@ -31,7 +31,7 @@ from flash_bla.ops.triton_norm_ratios import (
 )
 from flash_bla.ops.triton_problem import Problem, is_wide, with_strides
 from flash_bla.ops.triton_reductions import merge_states, reduce
-from flash_bla.ops.triton_signed import (
+from flash_bla.ops.triton_signed_kernels import (
     signed_forward_kernel,
     signed_key_kernel,
     signed_output_kernel,

@@ -5,30 +5,22 @@ R = s Σ F(k)ᵀ v and r = Σ F(k) / M the output of the first half of the value
 F(q) R / (F(q) · r + ε). The second half sees opposite signs: R and r are swapped there, R' and r', each part for the
 negative of the other. So the loops over rows are
 
-    sum_keys              R, r
-    write_output          o = F(q) R' / n,  n = F(q) · r' + ε
-    sum_queries           dR' = Σ F(q)ᵀ dn,  dn = do / n, and for each row and half 1 / n and c = -dn · o / n
-    differentiate_queries dF(q) = dn R'ᵀ + c r';  dr' = Σ c F(q)
-    differentiate_keys    dF(k) = s v dRᵀ + dr / M,  dv = s F(k) dR
+    sum_signed_keys              R, r
+    write_signed_output          o = F(q) R' / n,  n = F(q) · r' + ε
+    sum_signed_queries           dR' = Σ F(q)ᵀ dn,  dn = do / n, and for each row and half 1 / n and c = -dn · o / n
+    differentiate_signed_queries dF(q) = dn R'ᵀ + c r';  dr' = Σ c F(q)
+    differentiate_signed_keys    dF(k) = s v dRᵀ + dr / M,  dv = s F(k) dR
 
 of which dp is one part, by the sign of x. Registers could not hold what the third and the fourth need at a time; the
 fourth finds the numbers of its rows in memory. On Hopper chips latency bounds these loops, eight warps of 255 registers
 a multiprocessor: twice as wide a product for both parts takes as long as two, and more warps that spill take longer.
 The values' mean is taken out of R and v as in triton_kernels.py, which see for names. In memory R and r are a state
-with two signs, (B, H, 2, Dv + 1, D).
+with two signs, (B, H, 2, Dv + 1, D). The kernels are in triton_signed_kernels.py.
 """
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import (
-    NOT_SPECIALIZED,
-    computed_here,
-    fast_rounded_parts,
-    jit,
-    share,
-    tl,
-    wait_for_inputs,
-)
+from flash_bla.ops.triton_support import computed_here, fast_rounded_parts, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_products,
     _both_by_head,
@@ -40,9 +32,7 @@ from flash_bla.ops.triton_tiles import (
     _load_weight,
     _mask_heads,
     _next,
-    _place,
     _power_gradient,
-    _split_at,
     _start,
     _store_weight,
     _sum_eighths,
@@ -110,7 +100,7 @@ def _state_offsets(head, heads, C: tl.constexpr):
 
 
 @jit
-def _load(state_ptr, at, head, heads, C: tl.constexpr):
+def load_states(state_ptr, at, head, heads, C: tl.constexpr):
     """R and r of the group whose first head is the ``at``-th, their parts one after the other."""
     offsets, mask, vector_offsets, exists = _state_offsets(head, heads, C)
     state_ptr += at * (2 * (C.DV + 1) * C.D)
@@ -131,26 +121,26 @@ def _store_parts(state_ptr, at, offsets, mask, plus, minus, C: tl.constexpr):
 
 
 @jit
-def _store_states(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
+def store_states(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
     offsets, mask, _, _ = _state_offsets(head, heads, C)
     _store_parts(state_ptr, at, offsets, mask, plus, minus, C)
 
 
 @jit
-def _store_vectors(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
+def store_vectors(state_ptr, at, head, heads, plus, minus, C: tl.constexpr):
     _, _, offsets, exists = _state_offsets(head, heads, C)
     _store_parts(state_ptr, at, offsets, exists, plus, minus, C)
 
 
 @jit
-def _swapped(plus, minus, C: tl.constexpr):
+def swapped(plus, minus, C: tl.constexpr):
     """R' of R, and R of R'."""
     first = _first_half(C)[:, None]
     return tl.where(first, plus, -minus), tl.where(first, minus, -plus)
 
 
 @jit
-def _center(plus, minus, r_plus, r_minus, C: tl.constexpr):
+def take_mean_out(plus, minus, r_plus, r_minus, C: tl.constexpr):
     """R' - r' m, and the values' mean m = Σ φ(k) v / Σ φ(k)."""
     total = _by_head((r_plus - r_minus)[None, :], C)
     total = tl.reshape(tl.broadcast_to(_to_columns_v(total, C), 1, C.BLOCK_DV), C.BLOCK_DV)
@@ -231,7 +221,7 @@ def _weighted_parts(p, w, OPERAND: tl.constexpr):
 
 
 @jit
-def _sum_keys(
+def sum_signed_keys(
     k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, first, begin,
     end, count, scale,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
@@ -284,7 +274,7 @@ def _sum_keys(
 
 
 @jit
-def _write_output(
+def write_signed_output(
     q_ptr, q_strides, o_ptr, o_strides, a_ptr, plus, minus, r_plus, r_minus, batch, head, heads, first, begin, end, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -308,7 +298,7 @@ def _write_output(
 
 
 @jit
-def _sum_queries(
+def sum_signed_queries(
     q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, plus, minus, r_plus, r_minus, mean,
     batch, head, heads, first, begin, end, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
@@ -352,7 +342,7 @@ def _sum_queries(
 
 
 @jit
-def _differentiate_queries(
+def differentiate_signed_queries(
     q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides,
     plus, minus, r_plus, r_minus, batch, head, heads, first, begin, end,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -402,7 +392,7 @@ def _differentiate_queries(
 
 
 @jit
-def _differentiate_keys(
+def differentiate_signed_keys(
     k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,
     dv_strides, dwk_ptr, dwk_strides, d_plus, d_minus, dr_plus, dr_minus, mean, batch, head, heads, first, begin, end,
     count, scale,
@@ -474,139 +464,3 @@ def _differentiate_keys(
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
     return _power_gradient(_sum_eighths(da), a, C)
-
-
-# --- the kernels: a program for each group of heads (axis 0) and split (axis 1) ---------------------------------------
-
-
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def signed_state_kernel(
-    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cu_seqlens, state_ptr, key_length,
-    heads, scale,
-    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """R and r of one split of the keys."""
-    wait_for_inputs()
-    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    plus, minus, r_plus, r_minus = _sum_keys(
-        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, first,
-        begin, end, count, scale, PHI, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    at = _split_at(sequence, heads, C) + head
-    _store_states(state_ptr, at, head, heads, plus, minus, C)
-    _store_vectors(state_ptr, at, head, heads, r_plus, r_minus, C)
-
-
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def signed_output_kernel(
-    q_ptr, q_strides, o_ptr, o_strides, a_ptr, cu_seqlens, state_ptr, query_length, heads, eps,
-    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """The output of one split of the queries."""
-    wait_for_inputs()
-    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    plus, minus, r_plus, r_minus = _load(state_ptr, sequence * heads + head, head, heads, C)
-    plus, minus = _swapped(plus, minus, C)
-    _write_output(
-        q_ptr, q_strides, o_ptr, o_strides, a_ptr, plus, minus, r_plus, r_minus, batch, head, heads, first, begin, end,
-        eps, PHI, OPERAND, PRECISION, C,
-    )  # fmt: skip
-
-
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def signed_sum_kernel(
-    q_ptr, q_strides, do_ptr, do_strides, a_ptr, cu_seqlens, state_ptr, d_state_ptr, mean_ptr, rows_ptr, rows_strides,
-    query_length, heads, eps,
-    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """dR' of one split of the queries, its rows' numbers, and the values' mean."""
-    wait_for_inputs()
-    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    at = sequence * heads + head
-    plus, minus, r_plus, r_minus = _load(state_ptr, at, head, heads, C)
-    plus, minus = _swapped(plus, minus, C)
-    plus, minus, mean = _center(plus, minus, r_plus, r_minus, C)
-    if tl.program_id(1) == 0:
-        hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-        tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
-    d_plus, d_minus = _sum_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, plus, minus, r_plus, r_minus, mean, batch,
-        head, heads, first, begin, end, eps, PHI, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    _store_states(d_state_ptr, _split_at(sequence, heads, C) + head, head, heads, d_plus, d_minus, C)
-
-
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def signed_query_kernel(
-    q_ptr, q_strides, do_ptr, do_strides, a_ptr, cu_seqlens, state_ptr, d_state_ptr, rows_ptr, rows_strides,
-    dq_ptr, dq_strides, da_ptr, query_length, heads,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """dq of one split of the queries, dr, and terms of the power's gradient."""
-    wait_for_inputs()
-    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    plus, minus, r_plus, r_minus = _load(state_ptr, sequence * heads + head, head, heads, C)
-    plus, minus = _swapped(plus, minus, C)
-    plus, minus, _ = _center(plus, minus, r_plus, r_minus, C)
-    dr_plus, dr_minus, da = _differentiate_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus,
-        r_plus, r_minus, batch, head, heads, first, begin, end, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    at = _split_at(sequence, heads, C) + head
-    _store_vectors(d_state_ptr, at, head, heads, dr_plus, dr_minus, C)
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    tl.store(da_ptr + (at + h) * C.D + d, da, mask=exists)
-
-
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def signed_key_kernel(
-    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, cu_seqlens, d_state_ptr, mean_ptr,
-    dk_ptr, dk_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides, da_ptr, key_length, heads, scale,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """The gradients of one split of the keys and values, and terms of the power's."""
-    wait_for_inputs()
-    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    at = sequence * heads + head
-    hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    mean = tl.load(mean_ptr + (at + hv) * C.DV + c, mask=exists, other=0.0)
-    d_plus, d_minus, dr_plus, dr_minus = _load(d_state_ptr, at, head, heads, C)
-    d_plus, d_minus = _swapped(d_plus, d_minus, C)
-    da = _differentiate_keys(
-        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,
-        dv_strides, dwk_ptr, dwk_strides, d_plus, d_minus, dr_plus, dr_minus, mean, batch, head, heads, first, begin,
-        end, count, scale, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    tl.store(da_ptr + (_split_at(sequence, heads, C) + head + h) * C.D + d, da, mask=exists)
-
-
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def signed_forward_kernel(
-    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, o_ptr, o_strides, a_ptr, wk_ptr, wk_strides,
-    state_ptr, query_length, key_length, heads, scale, eps,
-    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """The whole forward pass of a sequence; it keeps its state where there is a state_ptr."""
-    wait_for_inputs()
-    sequence, batch, head, _, _ = _place(heads, None, key_length, C)
-    plus, minus, r_plus, r_minus = _sum_keys(
-        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, 0, 0,
-        key_length, key_length, scale, PHI, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    if state_ptr is not None:
-        at = sequence * heads + head
-        _store_states(state_ptr, at, head, heads, plus, minus, C)
-        _store_vectors(state_ptr, at, head, heads, r_plus, r_minus, C)
-    plus, minus = _swapped(plus, minus, C)
-    _write_output(
-        q_ptr, q_strides, o_ptr, o_strides, a_ptr, plus, minus, r_plus, r_minus, batch, head, heads, 0, 0, query_length,
-        eps, PHI, OPERAND, PRECISION, C,
-    )  # fmt: skip

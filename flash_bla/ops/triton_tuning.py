@@ -17,7 +17,7 @@ from flash_bla.ops.triton_kernels import (
     query_sum_kernel,
     state_kernel,
 )
-from flash_bla.ops.triton_signed import (
+from flash_bla.ops.triton_signed_kernels import (
     signed_forward_kernel,
     signed_key_kernel,
     signed_output_kernel,
