@@ -45,11 +45,12 @@ def test_a_killed_and_a_stopped_run_end_as_one_that_was_not(train, load, model_y
     last = tmp_path / "run" / "last.pt"
 
     # kill -9 at a random moment, most likely in the middle of an epoch and not unlikely in the middle of a save.
-    run = start("train.py", *command)
+    run = start("train.py", *command, start_new_session=True)
     seen, target = set(), random.randint(2, 30)
     wait_for(lambda: seen.add(time_of(last)) or len(seen) >= target)
     time.sleep(random.uniform(0, 0.02))
     run.kill()
+    os.killpg(run.pid, signal.SIGKILL)  # a loader process that was just starting would not notice, and wait for ever
     run.communicate()
     stands = CheckpointFolder(tmp_path / "run", print).load()
     killed_at = stands["epoch"], stands["update"]
