@@ -212,8 +212,7 @@ def _record_gradients(
         # rows of queries and keys or, if their terms all come by the ratios, of those
         rows = [query_splits * p.sequences, key_splits * p.sequences]
         if focusing:
-            rows = [p.sequences, ratio_gradient_programs(q, record.device)]
-            rows += [ratio_gradient_programs(k, record.device)] if keys else []
+            rows = [p.sequences, ratio_gradient_programs(q, k, keys, record.device)]
         da = p.new_empty(sum(rows), *parameter.shape)
         da_queries, da_keys = da[: rows[0]], da[rows[0] :]
     if whole:

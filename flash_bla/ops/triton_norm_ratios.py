@@ -10,6 +10,7 @@ Where there is a denominator, the queries' ratio cancels but for ε, and its gra
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -160,19 +161,16 @@ def _last_row(dr_ptr, h, first, end, BLOCK: tl.constexpr, HEADS: tl.constexpr):
     return tl.where(largest > 0.0, tl.minimum(first + BLOCK, end), first)
 
 
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def norm_ratio_gradient_kernel(
+@jit
+def _add_gradients(
     x_ptr, x_strides, e_ptr, e_strides, dx_ptr, dx_strides, dr_ptr, scale_ptr, dscale_ptr, length,
     LOG: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Adds to dx what comes by the ratios, and sums for the scale's gradient; dr (B, H, N) is summed over the heads.
 
-    The ratios are those of x + e, if there is an encoding, and the rows of dr are padded.
-
-    Programs share the rows (axis 0) of a sequence (axis 1). With ``LOG``, the gradient of the ratios' logarithms, most
-    rows have none, and blocks of such rows are left out.
+    The ratios are those of x + e, if there is an encoding, and the rows of dr are padded. With ``LOG``, the gradient of
+    the ratios' logarithms, most rows have none, and blocks of such rows are left out.
     """
-    wait_for_inputs()
     PARTS: tl.constexpr = W.PARTS
     inverses, least = _load_scale(scale_ptr, W)
     begin, end = share(length, tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
@@ -214,11 +212,32 @@ def norm_ratio_gradient_kernel(
                 tl.store(pointers, gradient.to(dx_ptr.dtype.element_ty), mask=mask)
                 sums = sums + (dscale[part] - _sum_rows(du * y, W),)
             dscale = sums
-    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     for part in tl.static_range(PARTS):
         c = part * W.BLOCK_C + tl.arange(0, W.BLOCK_C)
         total = tl.sum(dscale[part] * inverses[part], 0)
-        tl.store(dscale_ptr + row * W.C + c, total, mask=c < W.C)
+        tl.store(dscale_ptr + c, total, mask=c < W.C)
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def norm_ratio_gradient_kernel(
+    q_ptr, q_strides, dq_ptr, dq_strides, d_log_ratio_ptr, k_ptr, k_strides, e_ptr, e_strides, dk_ptr, dk_strides,
+    d_ratio_ptr, scale_ptr, dscale_ptr, query_length, key_length,
+    HEADS: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Programs share the rows (axis 0) of a sequence (axis 1): of its queries (axis 2: 0), and of its keys (1)."""
+    wait_for_inputs()
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    dscale_ptr += (program * tl.num_programs(0) + tl.program_id(0)) * W.C
+    if tl.program_id(2) == 0:
+        _add_gradients(
+            q_ptr, q_strides, None, q_strides, dq_ptr, dq_strides, d_log_ratio_ptr, scale_ptr, dscale_ptr, query_length,
+            True, HEADS, BLOCK_H, W,
+        )  # fmt: skip
+    elif dk_ptr is not None:
+        _add_gradients(
+            k_ptr, k_strides, e_ptr, e_strides, dk_ptr, dk_strides, d_ratio_ptr, scale_ptr, dscale_ptr, key_length,
+            False, HEADS, BLOCK_H, W,
+        )  # fmt: skip
 
 
 STRIDES = ["x_batch", "x_head", "x_row", "y_batch", "y_head", "y_row"]
@@ -261,7 +280,7 @@ def _width(x: Tensor, packed: bool, exponent: int, gradient: bool = False) -> _W
     if block_c < 32 or C > 5 * block_c:
         block_c = max(32, power_of_two(cdiv(C, 4)))
     parts = cdiv(C, block_c)
-    elements = 2048 if gradient and parts > 2 else 4096
+    elements = 8192 if not gradient else 4096 if parts <= 2 else 2048
     block_n = power_of_two(max(1, min(128, elements // (parts * block_c))) + 1) // 2
     rows = min(block_n, max(1, 128 * 16 // x.element_size() // block_c))
     return _Width(C, C if packed else x.shape[3], parts, block_c, block_n, rows, exponent)
@@ -327,15 +346,19 @@ def norm_ratios(
         e_strides=encoding_strides(encoding), scale_ptr=record.contiguous(scale), ratio_ptr=ratios,
         query_length=q.shape[2], key_length=k.shape[2], W=W,
     )  # fmt: skip
-    grid = _programs(q, max(q.shape[2], k.shape[2]), W, 6, record.device)
+    grid = _programs(q, max(q.shape[2], k.shape[2]), W, 3, record.device)
     record.launch(norm_ratio_kernel, grid, arguments)
     return ratios
 
 
-def ratio_gradient_programs(x: Tensor, device: torch.device) -> int:
-    """The rows of what ``add_ratio_gradients`` writes for the scale, for queries or keys."""
-    splits, sequences, _ = _programs(x, x.shape[2], _width(x, True, 1, gradient=True), 4, device)
-    return splits * sequences
+def ratio_gradient_programs(q: Tensor, k: Tensor, keys: bool, device: torch.device) -> int:
+    """The rows of what ``add_ratio_gradients`` writes for the scale: one for each program."""
+    return prod(_gradient_grid(q, k, keys, device))
+
+
+def _gradient_grid(q: Tensor, k: Tensor, keys: bool, device: torch.device) -> tuple[int, int, int]:
+    splits, sequences, _ = _programs(q, max(q.shape[2], k.shape[2]), _width(q, True, 1, gradient=True), 4, device)
+    return splits, sequences, 2 if keys else 1
 
 
 def add_ratio_gradients(
@@ -345,7 +368,7 @@ def add_ratio_gradients(
     """Adds to the gradients of queries and keys what comes by their ratios.
 
     Args:
-        record: Of the launches.
+        record: Of the launch.
         dq: The gradient ``(B, H, N, D)``.
         dk: ``(B, H, M, D)``, or None if it is not needed.
         dscale: Float32 ``(rows, H, D)``: terms of the scale's gradient, the last of which are to be written.
@@ -357,19 +380,14 @@ def add_ratio_gradients(
         scale: As in ``norm_ratios``.
         exponent: p.
     """
-    scale = record.contiguous(scale)
-    end = dscale.shape[0]
-    for x, e, dx, dr, log in ((k, encoding, dk, d_ratio, False), (q, None, dq, d_log_ratio, True)):
-        if dx is None:
-            continue
-        rows = ratio_gradient_programs(x, record.device)
-        W = _width(x, _are_packed(x, e, dx), exponent, gradient=True)
-        arguments = dict(
-            x_ptr=x, x_strides=x.stride(), e_ptr=e, e_strides=encoding_strides(e), dx_ptr=dx, dx_strides=dx.stride(),
-            dr_ptr=dr, scale_ptr=scale, dscale_ptr=dscale[end - rows : end], length=x.shape[2],
-            LOG=log, HEADS=x.shape[1], BLOCK_H=power_of_two(x.shape[1]), W=W,
-        )  # fmt: skip
-        grid = _programs(x, x.shape[2], W, 4, record.device)
-        record.launch(norm_ratio_gradient_kernel, grid, arguments, maxnreg=128)
-        end -= rows
+    grid = _gradient_grid(q, k, dk is not None, record.device)
+    arguments = dict(
+        q_ptr=q, q_strides=q.stride(), dq_ptr=dq, dq_strides=dq.stride(), d_log_ratio_ptr=d_log_ratio, k_ptr=k,
+        k_strides=k.stride(), e_ptr=encoding, e_strides=encoding_strides(encoding), dk_ptr=dk,
+        dk_strides=(0, 0, 0, 0) if dk is None else dk.stride(), d_ratio_ptr=d_ratio, scale_ptr=record.contiguous(scale),
+        dscale_ptr=dscale[dscale.shape[0] - prod(grid) :], query_length=q.shape[2], key_length=k.shape[2],
+        HEADS=q.shape[1], BLOCK_H=power_of_two(q.shape[1]),
+        W=_width(q, _are_packed(q, k, encoding, dq, dk), exponent, gradient=True),
+    )  # fmt: skip
+    record.launch(norm_ratio_gradient_kernel, grid, arguments, maxnreg=128)
     return ()
