@@ -32,6 +32,7 @@ from flash_bla.ops.triton_norm_ratios import (
 from flash_bla.ops.triton_problem import Problem, is_wide, with_strides
 from flash_bla.ops.triton_reductions import merge_states, reduce
 from flash_bla.ops.triton_signed_kernels import (
+    signed_backward_kernel,
     signed_forward_kernel,
     signed_key_kernel,
     signed_output_kernel,
@@ -79,7 +80,7 @@ def _fits(kernel, problem: Problem) -> bool:
     """Whether one launch, with a program for each sequence, is fastest: work enough for all, and not too much code."""
     if problem.signs == 2:
         narrow = max(problem.q.shape[3], problem.v.shape[3]) <= 64
-        return kernel is signed_forward_kernel and problem.short and narrow and problem.q.dtype == torch.bfloat16
+        return problem.short and narrow and problem.q.dtype == torch.bfloat16
     if problem.softmax:
         return False
     if kernel is backward_kernel and (problem.rope is not None or problem.parameter is not None):
@@ -202,8 +203,8 @@ def _record_gradients(
     dwq = p.empty_weights(p.query_weight)
     arguments = p.arguments() | with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
-    whole = p.single or keys and _fits(backward_kernel, p)
     signed = p.signs == 2
+    whole = p.single or keys and _fits(signed_backward_kernel if signed else backward_kernel, p)
     query_splits = 1 if whole else _split(signed_query_kernel if signed else query_gradient_kernel, p, q.shape[2])
     key_kernel = signed_key_kernel if signed else key_gradient_kernel
     key_splits = _split(key_kernel, p, k.shape[2]) if keys and not whole else 0
@@ -219,7 +220,10 @@ def _record_gradients(
         arguments |= dict(state_ptr=None if p.sums_keys_again else state, da_ptr=da_queries)
         plain = p.plain and p.key_encoding is None and max(q.shape[3], v.shape[3]) <= 32  # wider: too many registers
         kernel = single.plain_single_backward_kernel if plain else single.single_backward_kernel
-        _launch(kernel if p.single else backward_kernel, p, arguments)
+        if signed and not p.single:
+            _launch(signed_backward_kernel, p, arguments | dict(d_state_ptr=p.empty_state(1)) | _row_numbers(p))
+        else:
+            _launch(kernel if p.single else backward_kernel, p, arguments)
         return *gradients, dqd, dkd, da, dwq, dwk
     if p.sums_keys_again:
         state = p.empty_state(1)[0]

@@ -151,3 +151,41 @@ def signed_forward_kernel(
         q_ptr, q_strides, o_ptr, o_strides, a_ptr, plus, minus, r_plus, r_minus, batch, head, heads, 0, 0, query_length,
         eps, PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
+
+
+@jit(do_not_specialize=NOT_SPECIALIZED)
+def signed_backward_kernel(
+    q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, do_ptr, do_strides, a_ptr, wk_ptr,
+    wk_strides, state_ptr, d_state_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, dk_ptr, dk_strides, dv_ptr,
+    dv_strides, dwk_ptr, dwk_strides, da_ptr, query_length, key_length, heads, scale, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """The whole backward pass of a sequence."""
+    wait_for_inputs()
+    sequence, batch, head, _, _ = _place(heads, None, key_length, C)
+    at = sequence * heads + head
+    plus, minus, r_plus, r_minus = load_states(state_ptr, at, head, heads, C)
+    plus, minus = swapped(plus, minus, C)
+    plus, minus, mean = take_mean_out(plus, minus, r_plus, r_minus, C)
+    d_plus, d_minus = sum_signed_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, plus, minus, r_plus, r_minus, mean, batch,
+        head, heads, 0, 0, query_length, eps, PHI, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    store_states(d_state_ptr, at, head, heads, d_plus, d_minus, C)  # registers would not hold them meanwhile
+    tl.debug_barrier()
+    dr_plus, dr_minus, da = differentiate_signed_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus,
+        r_plus, r_minus, batch, head, heads, 0, 0, query_length, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    store_vectors(d_state_ptr, at, head, heads, dr_plus, dr_minus, C)
+    tl.debug_barrier()
+    d_plus, d_minus, dr_plus, dr_minus = load_states(d_state_ptr, at, head, heads, C)
+    d_plus, d_minus = swapped(d_plus, d_minus, C)
+    da += differentiate_signed_keys(
+        k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,
+        dv_strides, dwk_ptr, dwk_strides, d_plus, d_minus, dr_plus, dr_minus, mean, batch, head, heads, 0, 0,
+        key_length, key_length, scale, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+    )  # fmt: skip
+    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    tl.store(da_ptr + (at + h) * C.D + d, da, mask=exists)

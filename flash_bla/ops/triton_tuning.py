@@ -18,6 +18,7 @@ from flash_bla.ops.triton_kernels import (
     state_kernel,
 )
 from flash_bla.ops.triton_signed_kernels import (
+    signed_backward_kernel,
     signed_forward_kernel,
     signed_key_kernel,
     signed_output_kernel,
@@ -90,6 +91,7 @@ TUNING = {
         signed_query_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_key_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
+        signed_backward_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         single_forward_kernel: _PLAIN[single_forward_kernel],
         single_backward_kernel: _PLAIN[single_backward_kernel],
     },
