@@ -78,15 +78,17 @@ def _split(kernel, problem: Problem, length: int) -> int:
 
 def _fits(kernel, problem: Problem) -> bool:
     """Whether one launch, with a program for each sequence, is fastest: work enough for all, and not too much code."""
-    if problem.signs == 2:
-        narrow = max(problem.q.shape[3], problem.v.shape[3]) <= 64
-        return problem.short and narrow and problem.q.dtype == torch.bfloat16
+    width, is_bfloat16 = max(problem.q.shape[3], problem.v.shape[3]), problem.q.dtype == torch.bfloat16
     if problem.softmax:
         return False
-    if kernel is backward_kernel and (problem.rope is not None or problem.parameter is not None):
+    if problem.signs == 2 and (width > 64 or not is_bfloat16 or problem.cu_seqlens is not None):
+        return False
+    turned = kernel is backward_kernel and problem.rope is not None
+    if turned and (width > 32 or not is_bfloat16) or kernel is backward_kernel and problem.parameter is not None:
         return False
     programs = problem.programs(problem.plan(kernel)[0])
-    enough = 1.9 if problem.plain else 3  # programs on a multiprocessor that fill it
+    # programs on a multiprocessor that fill it, or twice and more where fewer run at a time than there are
+    enough = 5 if kernel is signed_backward_kernel else 1.9 if problem.plain or turned else 2.9
     return problem.short or programs >= enough * multiprocessors(problem.record.device)
 
 
@@ -204,7 +206,8 @@ def _record_gradients(
     arguments = p.arguments() | with_strides(dict(do=do, dq=dq, dk=dk, dv=dv, dqd=dqd, dkd=dkd, dwq=dwq, dwk=dwk))
 
     signed = p.signs == 2
-    whole = p.single or keys and _fits(signed_backward_kernel if signed else backward_kernel, p)
+    whole_kernel = signed_backward_kernel if signed else backward_kernel
+    whole = p.single or keys and _fits(whole_kernel, p)
     query_splits = 1 if whole else _split(signed_query_kernel if signed else query_gradient_kernel, p, q.shape[2])
     key_kernel = signed_key_kernel if signed else key_gradient_kernel
     key_splits = _split(key_kernel, p, k.shape[2]) if keys and not whole else 0
@@ -221,9 +224,8 @@ def _record_gradients(
         plain = p.plain and p.key_encoding is None and max(q.shape[3], v.shape[3]) <= 32  # wider: too many registers
         kernel = single.plain_single_backward_kernel if plain else single.single_backward_kernel
         if signed and not p.single:
-            _launch(signed_backward_kernel, p, arguments | dict(d_state_ptr=p.empty_state(1)) | _row_numbers(p))
-        else:
-            _launch(kernel if p.single else backward_kernel, p, arguments)
+            arguments |= _row_numbers(p) | dict(d_state_ptr=p.empty_state(1))
+        _launch(kernel if p.single else whole_kernel, p, arguments)
         return *gradients, dqd, dkd, da, dwq, dwk
     if p.sums_keys_again:
         state = p.empty_state(1)[0]

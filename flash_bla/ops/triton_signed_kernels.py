@@ -165,7 +165,13 @@ def signed_backward_kernel(
     wait_for_inputs()
     sequence, batch, head, _, _ = _place(heads, None, key_length, C)
     at = sequence * heads + head
-    plus, minus, r_plus, r_minus = load_states(state_ptr, at, head, heads, C)
+    if state_ptr is None:
+        plus, minus, r_plus, r_minus = sum_signed_keys(
+            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, 0, 0,
+            key_length, key_length, scale, PHI, OPERAND, PRECISION, C,
+        )  # fmt: skip
+    else:
+        plus, minus, r_plus, r_minus = load_states(state_ptr, at, head, heads, C)
     plus, minus = swapped(plus, minus, C)
     plus, minus, mean = take_mean_out(plus, minus, r_plus, r_minus, C)
     d_plus, d_minus = sum_signed_queries(
@@ -173,7 +179,7 @@ def signed_backward_kernel(
         head, heads, 0, 0, query_length, eps, PHI, OPERAND, PRECISION, C,
     )  # fmt: skip
     store_states(d_state_ptr, at, head, heads, d_plus, d_minus, C)  # registers would not hold them meanwhile
-    tl.debug_barrier()
+    tl.debug_barrier()  # what comes reads what other threads have written
     dr_plus, dr_minus, da = differentiate_signed_queries(
         q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus,
         r_plus, r_minus, batch, head, heads, 0, 0, query_length, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,

@@ -69,6 +69,7 @@ _ROPE = _PLAIN | {
     state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
     output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 4, 3, 128)),
     query_gradient_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+    backward_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
 }
 TUNING = {
     "plain": _PLAIN,
@@ -91,7 +92,7 @@ TUNING = {
         signed_query_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_key_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        signed_backward_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+        signed_backward_kernel: (Tuning(32, 2, 3, None), Tuning(64, 2, 3, None)),
         single_forward_kernel: _PLAIN[single_forward_kernel],
         single_backward_kernel: _PLAIN[single_backward_kernel],
     },
@@ -143,9 +144,9 @@ def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool,
     wide = max(block_d, block_dv) > 64 or size > 2
     if wide:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
-    extras = config.ROPE or config.DECOUPLED or (config.KEY_WEIGHT and not config.PARAMETER)
-    if kernel in (forward_kernel, backward_kernel) and extras:  # their pipelines would need too much of both
-        tuning = tuning._replace(num_stages=1)
+    extras = config.DECOUPLED or (config.KEY_WEIGHT and not config.PARAMETER)
+    if kernel is backward_kernel and extras or kernel is forward_kernel and (extras or config.ROPE):
+        tuning = tuning._replace(num_stages=1)  # their pipelines would need too much of both
     if dtype == torch.float16:
         tuning = tuning._replace(num_stages=min(tuning.num_stages, 3))
     return config._replace(BLOCK_N=block_n), tuning
