@@ -79,15 +79,18 @@ def _split(kernel, problem: Problem, length: int) -> int:
 def _fits(kernel, problem: Problem) -> bool:
     """Whether one launch, with a program for each sequence, is fastest: work enough for all, and not too much code."""
     width, is_bfloat16 = max(problem.q.shape[3], problem.v.shape[3]), problem.q.dtype == torch.bfloat16
-    if problem.softmax:
+    turned = kernel is backward_kernel and problem.rope is not None
+    if problem.softmax or kernel is backward_kernel and problem.parameter is not None:
         return False
     if problem.signs == 2 and (width > 64 or not is_bfloat16 or problem.cu_seqlens is not None):
         return False
-    turned = kernel is backward_kernel and problem.rope is not None
-    if turned and (width > 32 or not is_bfloat16) or kernel is backward_kernel and problem.parameter is not None:
+    if kernel is signed_backward_kernel and problem.sums_keys_again:
+        return False
+    if turned and (width > 32 or not is_bfloat16):
         return False
     programs = problem.programs(problem.plan(kernel)[0])
-    # programs on a multiprocessor that fill it, or twice and more where fewer run at a time than there are
+    # Programs on a multiprocessor that fill it. Of signed powers' gradients two run at a time: a third would wait for
+    # both, as long as they take, and of five or more the last take a small part of the time.
     enough = 5 if kernel is signed_backward_kernel else 1.9 if problem.plain or turned else 2.9
     return problem.short or programs >= enough * multiprocessors(problem.record.device)
 

@@ -280,7 +280,7 @@ def _width(x: Tensor, packed: bool, exponent: int, gradient: bool = False) -> _W
     if block_c < 32 or C > 5 * block_c:
         block_c = max(32, power_of_two(cdiv(C, 4)))
     parts = cdiv(C, block_c)
-    elements = 8192 if not gradient else 4096 if parts <= 2 else 2048
+    elements = 2048 if gradient and parts > 2 else 4096
     block_n = power_of_two(max(1, min(128, elements // (parts * block_c))) + 1) // 2
     rows = min(block_n, max(1, 128 * 16 // x.element_size() // block_c))
     return _Width(C, C if packed else x.shape[3], parts, block_c, block_n, rows, exponent)
@@ -346,7 +346,7 @@ def norm_ratios(
         e_strides=encoding_strides(encoding), scale_ptr=record.contiguous(scale), ratio_ptr=ratios,
         query_length=q.shape[2], key_length=k.shape[2], W=W,
     )  # fmt: skip
-    grid = _programs(q, max(q.shape[2], k.shape[2]), W, 3, record.device)
+    grid = _programs(q, max(q.shape[2], k.shape[2]), W, 6, record.device)
     record.launch(norm_ratio_kernel, grid, arguments)
     return ratios
 
@@ -357,6 +357,7 @@ def ratio_gradient_programs(q: Tensor, k: Tensor, keys: bool, device: torch.devi
 
 
 def _gradient_grid(q: Tensor, k: Tensor, keys: bool, device: torch.device) -> tuple[int, int, int]:
+    """The keys' programs fill all multiprocessors; those of the queries have little to do, mostly."""
     splits, sequences, _ = _programs(q, max(q.shape[2], k.shape[2]), _width(q, True, 1, gradient=True), 4, device)
     return splits, sequences, 2 if keys else 1
 

@@ -15,7 +15,8 @@ of which dp is one part, by the sign of x. Registers could not hold what the thi
 fourth finds the numbers of its rows in memory. On Hopper chips latency bounds these loops, eight warps of 255 registers
 a multiprocessor: twice as wide a product for both parts takes as long as two, and more warps that spill take longer.
 The values' mean is taken out of R and v as in triton_kernels.py, which see for names. In memory R and r are a state
-with two signs, (B, H, 2, Dv + 1, D). The kernels are in triton_signed_kernels.py.
+with two signs, (B, H, 2, Dv + 1, D). The kernels are in triton_signed_kernels.py: one launch a direction for short
+sequences, as triton_kernels.py has them.
 """
 
 from __future__ import annotations

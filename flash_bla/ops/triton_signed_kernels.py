@@ -165,13 +165,7 @@ def signed_backward_kernel(
     wait_for_inputs()
     sequence, batch, head, _, _ = _place(heads, None, key_length, C)
     at = sequence * heads + head
-    if state_ptr is None:
-        plus, minus, r_plus, r_minus = sum_signed_keys(
-            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, batch, head, heads, 0, 0,
-            key_length, key_length, scale, PHI, OPERAND, PRECISION, C,
-        )  # fmt: skip
-    else:
-        plus, minus, r_plus, r_minus = load_states(state_ptr, at, head, heads, C)
+    plus, minus, r_plus, r_minus = load_states(state_ptr, at, head, heads, C)
     plus, minus = swapped(plus, minus, C)
     plus, minus, mean = take_mean_out(plus, minus, r_plus, r_minus, C)
     d_plus, d_minus = sum_signed_queries(
