@@ -130,7 +130,10 @@ def test_signed_power_at_zero(power):
     assert_close(*results, 1e-5)
 
 
-@pytest.mark.parametrize("name, dtype", [("signed_power", torch.float32), ("elu1", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("signed_power", torch.float32), ("focusing_power", torch.float32), ("elu1", torch.bfloat16)],
+)
 @pytest.mark.parametrize("missing", ["q", "k", "v", "keys"])
 def test_frozen_inputs_do_not_change_the_other_gradients(missing, name, dtype):
     leaves, _, do = make_inputs((1, 2, 30, 30, 16, 16), VARIANTS[name], dtype)
@@ -138,7 +141,8 @@ def test_frozen_inputs_do_not_change_the_other_gradients(missing, name, dtype):
 
     def gradients(frozen):
         inputs = {name: x.detach().requires_grad_(name not in frozen) for name, x in leaves.items()}
-        phi = signed_power(inputs["parameter"]) if name == "signed_power" else name
+        maps = {"signed_power": signed_power, "focusing_power": focusing_power}
+        phi = maps[name](inputs["parameter"]) if name in maps else name
         o = linear_attention(inputs["q"], inputs["k"], inputs["v"], feature_map=phi, backend="triton")
         o.backward(do.to(DEVICE))
         return {name: x.grad for name, x in inputs.items()}
