@@ -86,7 +86,7 @@ def _fits(kernel, problem: Problem) -> bool:
         return False
     if kernel is signed_backward_kernel and problem.sums_keys_again:
         return False
-    if turned and (width > 32 or not is_bfloat16):
+    if turned and (width > 32 or not is_bfloat16 or problem.key_weight is not None):
         return False
     programs = problem.programs(problem.plan(kernel)[0])
     # Programs on a multiprocessor that fill it. Of signed powers' gradients two run at a time: a third would wait for
