@@ -89,8 +89,8 @@ def _fits(kernel, problem: Problem) -> bool:
     if turned and (width > 32 or not is_bfloat16 or problem.key_weight is not None):
         return False
     programs = problem.programs(problem.plan(kernel)[0])
-    # Programs on a multiprocessor that fill it. Of signed powers' gradients two run at a time: a third would wait for
-    # both, as long as they take, and of five or more the last take a small part of the time.
+    # Programs on a multiprocessor that fill it. Of signed powers' gradients two run at a time: three would take as long
+    # as four, which matters little from five on.
     enough = 5 if kernel is signed_backward_kernel else 1.9 if problem.plain or turned else 2.9
     return problem.short or programs >= enough * multiprocessors(problem.record.device)
 
