@@ -141,7 +141,7 @@ def swapped(plus, minus, C: tl.constexpr):
 
 
 @jit
-def take_mean_out(plus, minus, r_plus, r_minus, C: tl.constexpr):
+def _take_mean_out(plus, minus, r_plus, r_minus, C: tl.constexpr):
     """R' - r' m, and the values' mean m = Σ φ(k) v / Σ φ(k)."""
     total = _by_head((r_plus - r_minus)[None, :], C)
     total = tl.reshape(tl.broadcast_to(_to_columns_v(total, C), 1, C.BLOCK_DV), C.BLOCK_DV)
@@ -161,6 +161,15 @@ def _to_columns_v(x, C: tl.constexpr):
     else:
         x = tl.broadcast_to(x[:, :, None], 1, C.GROUP, C.BLOCK_DV // C.GROUP)
         return tl.reshape(x, 1, C.BLOCK_DV)
+
+
+@jit
+def load_centered_states(state_ptr, at, head, heads, C: tl.constexpr):
+    """R' - r' m, r, and the values' mean m, of the group whose first head is the ``at``-th."""
+    plus, minus, r_plus, r_minus = load_states(state_ptr, at, head, heads, C)
+    plus, minus = swapped(plus, minus, C)
+    plus, minus, mean = _take_mean_out(plus, minus, r_plus, r_minus, C)
+    return plus, minus, r_plus, r_minus, mean
 
 
 # --- products with vectors: columns (head, part of the number, half), see ``_vector_operand`` -------------------------

@@ -5,13 +5,13 @@ from __future__ import annotations
 from flash_bla.ops.triton_signed import (
     differentiate_signed_keys,
     differentiate_signed_queries,
+    load_centered_states,
     load_states,
     store_states,
     store_vectors,
     sum_signed_keys,
     sum_signed_queries,
     swapped,
-    take_mean_out,
     write_signed_output,
 )
 from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, share, tl, wait_for_inputs
@@ -67,9 +67,7 @@ def signed_sum_kernel(
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
-    plus, minus, r_plus, r_minus = load_states(state_ptr, at, head, heads, C)
-    plus, minus = swapped(plus, minus, C)
-    plus, minus, mean = take_mean_out(plus, minus, r_plus, r_minus, C)
+    plus, minus, r_plus, r_minus, mean = load_centered_states(state_ptr, at, head, heads, C)
     if tl.program_id(1) == 0:
         hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
         tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
@@ -91,9 +89,7 @@ def signed_query_kernel(
     wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    plus, minus, r_plus, r_minus = load_states(state_ptr, sequence * heads + head, head, heads, C)
-    plus, minus = swapped(plus, minus, C)
-    plus, minus, _ = take_mean_out(plus, minus, r_plus, r_minus, C)
+    plus, minus, r_plus, r_minus, _ = load_centered_states(state_ptr, sequence * heads + head, head, heads, C)
     dr_plus, dr_minus, da = differentiate_signed_queries(
         q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus,
         r_plus, r_minus, batch, head, heads, first, begin, end, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
@@ -165,9 +161,7 @@ def signed_backward_kernel(
     wait_for_inputs()
     sequence, batch, head, _, _ = _place(heads, None, key_length, C)
     at = sequence * heads + head
-    plus, minus, r_plus, r_minus = load_states(state_ptr, at, head, heads, C)
-    plus, minus = swapped(plus, minus, C)
-    plus, minus, mean = take_mean_out(plus, minus, r_plus, r_minus, C)
+    plus, minus, r_plus, r_minus, mean = load_centered_states(state_ptr, at, head, heads, C)
     d_plus, d_minus = sum_signed_queries(
         q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, plus, minus, r_plus, r_minus, mean, batch,
         head, heads, 0, 0, query_length, eps, PHI, OPERAND, PRECISION, C,
