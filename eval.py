@@ -66,6 +66,8 @@ def open_datasets(config: EvalConfig, model: nn.Module, content: dict[str, Any])
         return open_suites(config, model.num_classes, class_names)
     trained = content.get("config", {"dataset": "folder", "val_split": "validation"})
     given = {key: getattr(config, key) for key in ("dataset", "data_dir", "val_split")}
+    if config.dataset == "digits":
+        trained = trained | {"data_dir": None}
     config = replace(config, **{key: trained.get(key) if value is None else value for key, value in given.items()})
     # The classes' numbers are the checkpoint's, even if the folder lacks some of them.
     dataset = open_dataset(config, training=False, class_names=class_names, batch_size=config.batch_size)

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 from flash_bla.configs import FOLDER, check_entries, config_path, load_yaml
 from flash_bla.engine.flags import converted, parse_flags, yaml_hint
 from flash_bla.models import read_config, register_config
+from flash_bla.models.registry import check_name
 
 Config = TypeVar("Config", bound="CommonConfig")
 
@@ -256,6 +257,8 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     try:
         path = given.get("config") or FOLDER / f"{given['model'].split('.')[0]}.yaml"
         recipe, train = given.get("recipe"), {}
+        if "model" in given:
+            check_name(given["model"])  # here, before a folder of millions of images is read
         if "config" in given or path.is_file():
             values["model"] = register_config(path)
             model_config = read_config(path)

@@ -82,6 +82,8 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
     """
     split = config.train_split if training else config.val_split
     if config.dataset == "digits":
+        if config.data_dir is not None:
+            raise RunError(f"data_dir: the digits are embedded; dataset 'folder' reads {config.data_dir}")
         return Digits(training)
     name = "" if config.dataset == "folder" else config.dataset
     if not name or name.startswith("torch/"):

@@ -161,6 +161,12 @@ def register_packaged_configs() -> None:
             _register(config)
 
 
+def check_name(name: str) -> None:
+    """Raises a ValueError that says what is near, if neither this library nor timm has a model of that name."""
+    if ":" not in name and not is_model(name):  # hf-hub:... and local-dir:... are timm's to resolve
+        raise ValueError(f"no model is called {name!r}{did_you_mean(name, list_models())}")
+
+
 def describe_model(name: str, **model_kwargs: Any) -> dict[str, Any]:
     """Describes a model so that ``build_model`` rebuilds it in another process, even one that lacks its YAML file.
 
@@ -175,8 +181,7 @@ def describe_model(name: str, **model_kwargs: Any) -> dict[str, Any]:
     Raises:
         ValueError: No model has that name, or an argument is no plain value.
     """
-    if ":" not in name and not is_model(name):  # hf-hub:... and local-dir:... are timm's to resolve
-        raise ValueError(f"no model is called {name!r}{did_you_mean(name, list_models())}")
+    check_name(name)
     args = {key: value for key, value in model_kwargs.items() if value is not None}
     config = _CONFIGS.get(get_arch_name(name))
     if config is not None:

@@ -274,6 +274,8 @@ def test_errors_before_anything_starts(pictures, tmp_path):
         open_dataset(folder(tmp_path / "nowhere"), training=True)
     with pytest.raises(RunError, match="needs a folder"):
         open_dataset(settings(dataset="folder"), training=True)
+    with pytest.raises(RunError, match="the digits are embedded; dataset 'folder' reads .*train"):
+        open_dataset(settings(dataset="digits", data_dir=str(root / "train")), training=True)
     with pytest.raises(RunError, match="neither 'folder' nor 'digits'"):
         open_dataset(settings(dataset="digit"), training=True)
     with pytest.raises(RunError, match=r"no folder for the split 'test' in .*; there is: train, val"):

@@ -57,6 +57,15 @@ def test_a_checkpoint_alone(checkpoint, tmp_path, capsys):
     assert raw["weights"] == "model" and raw["loss"] != result["loss"]
 
 
+def test_digits_are_in_no_folder(checkpoint, tmp_path, pictures):
+    with pytest.raises(RunError, match="data_dir: the digits are embedded"):
+        evaluate("--checkpoint", checkpoint, "--data-dir", str(pictures()))
+    content = torch.load(checkpoint, weights_only=True)
+    content["config"] |= {"dataset": "folder", "data_dir": "somewhere"}
+    torch.save(content, tmp_path / "of_a_folder.pt")
+    assert evaluate("--checkpoint", str(tmp_path / "of_a_folder.pt"), "--dataset", "digits")["images"] == 360
+
+
 def test_other_resolutions_and_crops(checkpoint):
     flags = ("--checkpoint", checkpoint, "--img-size", "16", "12", "--crop-pct", "1.0", "--crop-mode", "squash")
     result = evaluate(*flags, "--precision", "bf16", "--batch-size", "100")
