@@ -88,11 +88,12 @@ def _fits(kernel, problem: Problem) -> bool:
         return False
     if turned and (width > 32 or not is_bfloat16 or problem.key_weight is not None):
         return False
-    programs = problem.programs(problem.plan(kernel)[0])
-    # Programs on a multiprocessor that fill it. Of signed powers' gradients two run at a time: three would take as long
-    # as four, which matters little from five on.
-    enough = 5 if kernel is signed_backward_kernel else 1.9 if problem.plain or turned else 2.9
-    return problem.short or programs >= enough * multiprocessors(problem.record.device)
+    if problem.short:
+        return True
+    programs, places = problem.programs(problem.plan(kernel)[0]), multiprocessors(problem.record.device)
+    if kernel is signed_backward_kernel:  # two run on a multiprocessor at a time; the last ones must not leave it idle
+        return programs >= 0.8 * 2 * places * cdiv(programs, 2 * places)
+    return programs >= (1.9 if problem.plain or problem.signs == 2 or turned else 2.9) * places
 
 
 def _row_numbers(p: Problem) -> dict:
