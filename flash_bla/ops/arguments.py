@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flash_bla.ops.triton_support import HAS_TRITON, INTERPRETING
 from flash_bla.tracing import is_exporting
@@ -22,11 +23,14 @@ def choose_backend(backend: str | None, q: Tensor) -> str:
         raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
     if is_exporting():
         return "reference"  # an exported program must run where this package is not installed
+    forward_mode = forward_ad._current_level >= 0  # whose derivatives the kernels do not have
     if backend is None:
-        return "triton" if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 else "reference"
+        return "triton" if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and not forward_mode else "reference"
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError("backend 'triton' was asked for, but Triton is not installed")
+        if forward_mode:
+            raise ValueError("backend 'triton' has no forward-mode derivatives; those of 'reference' are right")
         if q.dtype == torch.float64:
             raise TypeError("backend 'triton' takes float16, bfloat16 or float32; float64 is for the reference")
         if not (q.is_cuda or q.is_meta or INTERPRETING):

@@ -53,7 +53,7 @@ def linear_attention(
         k: Keys ``(B, H, M, D)``, finite: what leaves keys out is ``key_weight``.
         v: Values ``(B, H, M, Dv)``, of the dtype of q and k: float16, bfloat16, float32 or float64.
         feature_map: φ: None (identity), ``"elu1"`` (elu + 1), ``"relu"``, or what ``focusing_power(scale)`` or
-            ``signed_power(power)`` return. With ``signed_power`` Dv must be even, and ``rope`` is not possible.
+            ``signed_power(power)`` return. With these ``rope`` is not possible; with the latter Dv must be even.
         key_weight: w, ``(B, H, M)`` or broadcastable to it; differentiable. Or ``"softmax"``, the weights of RALA:
             w = M softmax_m(D^-0.5 · mean_n(φ(q_n)) · φ(k_m)); not with ``focusing_power`` and ``signed_power``.
         key_encoding: ``(H, M, D)`` or broadcastable to it, a positional encoding that is added to the keys of each
@@ -347,12 +347,12 @@ def _expand(name: str, x: Tensor, like: Tensor, shape: tuple[int, ...], meaning:
 
 def _check_feature_map(feature_map: FeatureMap, q: Tensor, H: int, D: int, D_v: int, rope) -> None:
     if feature_map.parameter is not None:
-        expect(f"the parameter of {feature_map.name}", feature_map.parameter, (H, D), "(H, D)")
         check_device(f"the parameter of {feature_map.name}", feature_map.parameter, q)
+        expect(f"the parameter of {feature_map.name}", feature_map.parameter, (H, D), "(H, D)")
     if feature_map.signed and D_v % 2:
         raise ValueError(f"signed_power splits v's channels in two: Dv must be even, got {D_v}")
-    if feature_map.signed and rope is not None:
-        raise ValueError("rope is not defined for the 2D features of signed_power")
+    if feature_map.parameter is not None and rope is not None:
+        raise ValueError(f"rope is not defined for {feature_map.name}")
 
 
 def check_rope(rope: Tensor, q: Tensor, H: int, N: int, M: int, D: int) -> None:

@@ -38,6 +38,7 @@ def linear_attention_reference(
         starts = cu_seqlens.tolist()
         if starts[0] != 0 or starts[-1] != q.shape[2] or starts != sorted(starts):
             raise ValueError(f"cu_seqlens must run from 0 to {q.shape[2]}, the number of tokens, got {starts}")
+        none = v[..., :0, :]
         outputs = [
             linear_attention_reference(
                 q[..., a:b, :], k[..., a:b, :], v[..., a:b, :], feature_map, normalize=normalize, scale=scale, eps=eps
@@ -45,7 +46,7 @@ def linear_attention_reference(
             for a, b in zip(starts[:-1], starts[1:], strict=True)
             if b > a
         ]
-        return torch.cat(outputs, dim=2)
+        return torch.cat([none, *outputs], dim=2)
 
     out_dtype = v.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
@@ -76,7 +77,7 @@ def linear_attention_reference(
 def softmax_weights(q_hat: Tensor, k_hat: Tensor) -> Tensor:
     """RALA's weight of each key, of mean 1: M softmax(D^-0.5 · mean(q̂) · k̂), ``(B, H, M)``."""
     # a product and a sum: autocast would compute a matrix product in half precision
-    scores = (q_hat.mean(dim=2, keepdim=True) * k_hat).sum(dim=-1)
+    scores = (_mean(q_hat) * k_hat).sum(dim=-1)
     return k_hat.shape[2] * torch.softmax(scores * k_hat.shape[3] ** -0.5, dim=-1)
 
 
@@ -87,7 +88,12 @@ def _attend(q_hat, k_hat, v, normalize, scale, eps, q_tilde=None, k_tilde=None):
         return o
     q_tilde = q_hat if q_tilde is None else q_tilde
     k_tilde = k_hat if k_tilde is None else k_tilde
-    return o / (q_tilde @ k_tilde.mean(dim=-2, keepdim=True).transpose(-2, -1) + eps)
+    return o / (q_tilde @ _mean(k_tilde).transpose(-2, -1) + eps)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean of the tokens, zero where there is none."""
+    return x.sum(dim=-2, keepdim=True) / max(x.shape[-2], 1)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ def _row_numbers(p: Problem) -> dict:
 def _start(record: Record, tensors: Sequence[Tensor | None], options: tuple) -> tuple[Problem, tuple]:
     """The problem without norm ratios, and its inputs q, k, v, which may be packed."""
     inputs, others = tensors[:3], list(tensors[3:])
-    others[2], others[5] = record.contiguous(others[2]), record.contiguous(others[5])  # the parameter and rope
+    for i in (2, 5, 6):  # the parameter, rope and cu_seqlens
+        others[i] = record.contiguous(others[i])
     weight = others[3]
     if weight is not None:
         shared = weight.stride(1) == 0  # by the heads

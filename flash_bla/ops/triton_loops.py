@@ -262,7 +262,8 @@ def differentiate_queries(
             if C.CENTER:
                 shift = _vector_product(do, mean_operand, PRECISION, C)
                 weight -= least * shift
-            weight *= -inverse * inverse
+            weight *= -inverse  # in two steps: the square is infinite where a query's features are tiny
+            weight *= inverse
             if C.QUERY_WEIGHT:
                 share = least * inverse
                 dw = tl.where(share > LEAST, share * shift - least * weight, 0.0)

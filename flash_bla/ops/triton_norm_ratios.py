@@ -102,7 +102,7 @@ def _load_u(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, W: tl.con
 
 @jit
 def _start(pointer, strides, row):
-    return pointer + tl.program_id(1).to(tl.int64) * strides[0] + tl.cast(row, tl.int64) * strides[2]
+    return pointer + tl.program_id(0).to(tl.int64) * strides[0] + tl.cast(row, tl.int64) * strides[2]
 
 
 @jit
@@ -117,20 +117,20 @@ def norm_ratio_kernel(
     q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, scale_ptr, ratio_ptr, query_length, key_length,
     W: tl.constexpr,
 ):  # fmt: skip
-    """The ratios of queries and keys, each padded: programs share the rows (axis 0) of a sequence (axis 1).
+    """The ratios of queries and keys, each padded: programs share the rows (axis 1) of a sequence (axis 0).
 
     An encoding, if any, is added to the keys; its stride from one sequence to the next is zero.
     """
     wait_for_inputs()
     inverses, least = _load_scale(scale_ptr, W)
     padded_queries, padded_keys = tl.cdiv(query_length, 16) * 16, tl.cdiv(key_length, 16) * 16
-    begin, end = share(tl.maximum(padded_queries, padded_keys), tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
+    begin, end = share(tl.maximum(padded_queries, padded_keys), tl.program_id(1), tl.num_programs(1), W.BLOCK_N)
     q_ptr, q_offsets = _start(q_ptr, q_strides, begin), _offsets(q_strides, W)
     k_ptr, k_offsets = _start(k_ptr, k_strides, begin), _offsets(k_strides, W)
     e_offsets = k_offsets
     if e_ptr is not None:
         e_ptr, e_offsets = _start(e_ptr, e_strides, begin), _offsets(e_strides, W)
-    ratio_ptr += tl.program_id(1).to(tl.int64) * (padded_queries + padded_keys)
+    ratio_ptr += tl.program_id(0).to(tl.int64) * (padded_queries + padded_keys)
     step = tl.full((), W.BLOCK_N, tl.int64)
     for start in tl.range(begin, end, W.BLOCK_N, num_stages=3):
         n = start + tl.arange(0, W.BLOCK_N)
@@ -173,10 +173,10 @@ def _add_gradients(
     """
     PARTS: tl.constexpr = W.PARTS
     inverses, least = _load_scale(scale_ptr, W)
-    begin, end = share(length, tl.program_id(0), tl.num_programs(0), W.BLOCK_N)
+    begin, end = share(length, tl.program_id(1), tl.num_programs(1), W.BLOCK_N)
     rows, h = tl.arange(0, W.BLOCK_N), tl.arange(0, BLOCK_H)
     row_stride = tl.cdiv(length, 16) * 16
-    dr_ptr += tl.program_id(1).to(tl.int64) * HEADS * row_stride + (h * row_stride)[:, None]
+    dr_ptr += tl.program_id(0).to(tl.int64) * HEADS * row_stride + (h * row_stride)[:, None]
     x_ptr, offsets = _start(x_ptr, x_strides, 0), _offsets(x_strides, W)
     e_offsets = _offsets(e_strides, W)
     dx_ptr, dx_offsets = _start(dx_ptr, dx_strides, 0), _offsets(dx_strides, W)
@@ -224,10 +224,10 @@ def norm_ratio_gradient_kernel(
     d_ratio_ptr, scale_ptr, dscale_ptr, query_length, key_length,
     HEADS: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Programs share the rows (axis 0) of a sequence (axis 1): of its queries (axis 2: 0), and of its keys (1)."""
+    """Programs share the rows (axis 1) of a sequence (axis 0): of its queries (axis 2: 0), and of its keys (1)."""
     wait_for_inputs()
-    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    dscale_ptr += (program * tl.num_programs(0) + tl.program_id(0)) * W.C
+    program = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    dscale_ptr += (program * tl.num_programs(1) + tl.program_id(1)) * W.C
     if tl.program_id(2) == 0:
         _add_gradients(
             q_ptr, q_strides, None, q_strides, dq_ptr, dq_strides, d_log_ratio_ptr, scale_ptr, dscale_ptr, query_length,
@@ -288,7 +288,8 @@ def _width(x: Tensor, packed: bool, exponent: int, gradient: bool = False) -> _W
 
 def _programs(x: Tensor, length: int, W: _Width, resident: int, device: torch.device) -> tuple[int, int, int]:
     """A grid that fills all multiprocessors once, as far as there are rows."""
-    return max(1, min(resident * multiprocessors(device) // max(x.shape[0], 1), cdiv(length, W.BLOCK_N))), x.shape[0], 1
+    splits = min(resident * multiprocessors(device) // max(x.shape[0], 1), cdiv(length, W.BLOCK_N))
+    return x.shape[0], max(1, splits), 1
 
 
 def _are_packed(*tensors: Tensor | None) -> bool:
@@ -358,8 +359,8 @@ def ratio_gradient_programs(q: Tensor, k: Tensor, keys: bool, device: torch.devi
 
 def _gradient_grid(q: Tensor, k: Tensor, keys: bool, device: torch.device) -> tuple[int, int, int]:
     """The keys' programs fill all multiprocessors; those of the queries have little to do, mostly."""
-    splits, sequences, _ = _programs(q, max(q.shape[2], k.shape[2]), _width(q, True, 1, gradient=True), 4, device)
-    return splits, sequences, 2 if keys else 1
+    sequences, splits, _ = _programs(q, max(q.shape[2], k.shape[2]), _width(q, True, 1, gradient=True), 4, device)
+    return sequences, splits, 2 if keys else 1
 
 
 def add_ratio_gradients(

@@ -247,7 +247,7 @@ def sum_signed_keys(
         wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
     a = _load_parameter(a_ptr, head, heads, C)
     states = (_zeros(C.BLOCK_DV, C.BLOCK_D), _zeros(C.BLOCK_DV, C.BLOCK_D))
-    magnitudes, sums = _zeros(16, C.BLOCK_D), _zeros(16, C.BLOCK_D)
+    r_plus, r_minus = _zeros(16, C.BLOCK_D), _zeros(16, C.BLOCK_D)
     for start in range(begin, end, C.BLOCK_N):
         inside = start + tl.arange(0, C.BLOCK_N) < end
         mask = inside[:, None] & exists[None, :]
@@ -261,26 +261,27 @@ def sum_signed_keys(
         if C.KEY_WEIGHT:
             w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
             states = _products(tl.trans(v), _weighted_parts(p, w, OPERAND), states, PRECISION)
-            magnitude, p = tl.abs(p) * w, p * w
+            positive = p > 0.0
+            p *= w
             if C.FEW:
-                magnitude, p = _rounded(magnitude, OPERAND), _rounded(p, OPERAND)
+                p = _rounded(p, OPERAND)
+            r_plus += _by_sixteenth(tl.where(positive, p, 0.0), C)
+            r_minus += _by_sixteenth(tl.where(positive, 0.0, p), C)
         else:
             states = _products(tl.trans(v), fast_rounded_parts(p, OPERAND, False), states, PRECISION)
             if C.FEW:
                 p = _rounded(p, OPERAND)
-            magnitude = tl.abs(p)
-        magnitudes += _by_sixteenth(magnitude, C)
-        sums += _by_sixteenth(p, C)
+            r_plus += _by_sixteenth(tl.maximum(p, 0.0), C)
+            r_minus += _by_sixteenth(tl.minimum(p, 0.0), C)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         if C.KEY_WEIGHT:
             wk_ptr = _next(wk_ptr, wk_strides, C)
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
         scale = one
-    magnitudes, sums = tl.sum(magnitudes, 0) * (0.5 * one), tl.sum(sums, 0) * (0.5 * one)
     plus, minus = states
     plus, minus = _mask_heads(plus * scale, C), _mask_heads(minus * scale, C)
-    return plus, minus, sums + magnitudes, sums - magnitudes
+    return plus, minus, tl.sum(r_plus, 0) * one, tl.sum(r_minus, 0) * one
 
 
 @jit
@@ -371,8 +372,8 @@ def differentiate_signed_queries(
     vectors = _vector_operands(r_plus, r_minus, OPERAND, C)
     vectors = tl.trans(vectors[0]), tl.trans(vectors[1])
     zero = tl.minimum(end, 0).to(tl.int32)
-    magnitudes = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
-    sums = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    dr_plus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    dr_minus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     for start in range(begin, end, C.BLOCK_N):
         inside = start + tl.arange(0, C.BLOCK_N) < end
@@ -392,13 +393,13 @@ def differentiate_signed_queries(
         tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=mask)
         da = computed_here(_add_products(da, dq, PHI_DA(q, 0.0, a, C.EXPONENT), C), zero)  # zero where there is no row
         p = PHI(q, a, C.EXPONENT)
-        magnitudes = _add_products(magnitudes, tl.abs(p), _to_columns(weight + other, C), C)
-        sums = _add_products(sums, p, _to_columns(weight - other, C), C)
+        weight, other = _to_columns(weight, C), _to_columns(other, C)
+        dr_plus = _add_products(dr_plus, tl.abs(p), tl.where(p > 0.0, weight, other), C)
+        dr_minus = _add_products(dr_minus, -tl.abs(p), tl.where(p > 0.0, other, weight), C)
         q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
         i_ptr, j_ptr = _next(i_ptr, rows_strides, C), _next(j_ptr, rows_strides, C)
         s_ptr, t_ptr = _next(s_ptr, rows_strides, C), _next(t_ptr, rows_strides, C)
-    magnitudes, sums = 0.5 * _sum_eighths(magnitudes), 0.5 * _sum_eighths(sums)
-    return sums + magnitudes, sums - magnitudes, _power_gradient(_sum_eighths(da), a, C)
+    return _sum_eighths(dr_plus), _sum_eighths(dr_minus), _power_gradient(_sum_eighths(da), a, C)
 
 
 @jit

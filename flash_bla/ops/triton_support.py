@@ -181,9 +181,12 @@ def launch_options(
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether nothing looks on that must see operators: tracing, a dispatch mode, a transform, a subclass of Tensor."""
+    """Whether there is something to compute, and nothing looks on that must see operators.
+
+    That is tracing, a dispatch mode, a transform or a subclass of Tensor.
+    """
     return not (
-        torch.compiler.is_compiling() or type(x) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active() or torch._C._functorch.is_functorch_wrapped_tensor(x)
     )  # fmt: skip
 
@@ -193,7 +196,12 @@ def eager_function(cls: type[torch.autograd.Function]) -> type[torch.autograd.Fu
 
     A gradient's gradient is refused, as by PyTorch's ``once_differentiable``, which takes time only where there is one.
     """
-    backward, careful = cls.backward, torch.autograd.function.once_differentiable(cls.backward)
+    backward, refusing = cls.backward, torch.autograd.function.once_differentiable(cls.backward)
+
+    def careful(ctx, *gradients: Tensor | None):
+        # as if they required gradients: those by saved tensors would be left out without a word
+        return refusing(ctx, *(g if g is None else g.detach().requires_grad_() for g in gradients))
+
     cls.apply = super(torch.autograd.Function, cls).apply
     cls._backward_cls.apply = lambda *arguments: (careful if torch.is_grad_enabled() else backward)(*arguments)
     return cls

@@ -253,10 +253,14 @@ def _load_rope(pointers, mask, identity, OPERAND: tl.constexpr, C: tl.constexpr)
 
 @jit
 def _load_parameter(a_ptr, head, heads, C: tl.constexpr):
-    """The map's parameter for each column, (1, BLOCK_D): the power of ``SIGNED``, or the focusing map's scale."""
+    """The map's parameter for each column, (1, BLOCK_D): the power of ``SIGNED``, or the focusing map's scale.
+
+    That is infinite where there is no channel, so that its factor is 0.
+    """
     if C.PARAMETER:
         h, channel, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-        return tl.load(a_ptr + (head + h) * C.D + channel, mask=exists, other=1.0)[None, :]
+        other = 1.0 if C.SIGNED else float("inf")
+        return tl.load(a_ptr + (head + h) * C.D + channel, mask=exists, other=other)[None, :]
     else:
         return 1.0
 

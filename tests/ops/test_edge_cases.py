@@ -1,0 +1,123 @@
+"""Attention at extremes: signs far apart, features that vanish, no tokens, derivatives of other kinds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from flash_bla import linear_attention, varlen_linear_attention
+from flash_bla.ops import focusing_power, signed_power
+from flash_bla.ops.triton_linear_attention import record_forward
+from flash_bla.ops.triton_support import Record
+from tests.ops.cases import DEVICE, TOLERANCE, VARIANTS, assert_close, forward_backward, make_inputs
+
+
+def compare(name: str, leaves: dict, do: torch.Tensor, tolerance: float, **options) -> None:
+    """The kernels with the reference in float64."""
+    results = [
+        forward_backward(linear_attention, VARIANTS[name], (leaves, None, do), dtype, backend=backend, **options)
+        for backend, dtype in (("triton", None), ("reference", torch.float64))
+    ]
+    assert_close(*results, tolerance)
+
+
+@pytest.mark.parametrize("name", ["signed_power", "signed_power_weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M", [49, 300])
+def test_signed_power_of_signs_far_apart(name, dtype, M):
+    """A sum over keys of one sign may be 10⁷ times that of the other, and the queries may have the other."""
+    leaves, _, do = make_inputs((1, 2, M, M, 32, 32), VARIANTS[name], dtype)
+    leaves["parameter"].fill_(4.0)
+    leaves["q"][..., 0] -= 25
+    leaves["k"][..., 0] += 25
+    compare(name, leaves, do, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("exponent, scale", [(3, 1.0), (3, 10.0), (5, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("D", [16, 24])
+def test_focusing_power_of_tokens_without_a_positive_channel(exponent, scale, dtype, D):
+    leaves, _, do = make_inputs((1, 2, 80, 80, D, D), VARIANTS["focusing_power"], dtype)
+    leaves["parameter"].fill_(scale)
+    for name in "qk":
+        leaves[name][:, :, 3] = 0.0
+    q, k, v, parameter = (x.to(DEVICE).requires_grad_() for x in leaves.values())
+    results = []
+    for backend, kind in (("triton", None), ("reference", torch.float64)):
+        inputs = [x.to(kind) if kind else x for x in (q, k, v)]
+        phi = focusing_power(parameter.to(kind) if kind else parameter, exponent)
+        o = linear_attention(*inputs, feature_map=phi, backend=backend)
+        gradients = torch.autograd.grad(o, (q, k, v, parameter), do.to(o))
+        assert all(x.isfinite().all() for x in gradients)
+        results.append({"o": o.detach(), "token": o[:, :, 3].detach(), "dv": gradients[2]})
+    assert_close(*results, TOLERANCE[dtype])
+
+
+def test_rotary_features_have_no_parameter():
+    q = torch.randn(1, 1, 4, 8, device=DEVICE)
+    rope = torch.ones(1, 4, 4, 2, device=DEVICE)
+    for feature_map in (focusing_power, signed_power):
+        phi = feature_map(torch.ones(1, 8, device=DEVICE))
+        with pytest.raises(ValueError, match=f"rope is not defined for {feature_map.__name__}"):
+            linear_attention(q, q, q, feature_map=phi, rope=rope)
+    with pytest.raises(TypeError, match="the parameter of signed_power must be a tensor, got float"):
+        linear_attention(q, q, q, feature_map=signed_power(3.0))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_sequence_bounds_of_any_stride_and_no_tokens(backend):
+    q = torch.randn(9, 2, 8, device=DEVICE)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
+    strided = torch.stack([bounds, bounds + 5], 1)[:, 0]
+    got, want = (varlen_linear_attention(q, q, q, x, 5, feature_map="elu1", backend=backend) for x in (strided, bounds))
+    assert torch.equal(got, want)
+    none = q[:0].requires_grad_()
+    o = varlen_linear_attention(none, none, none, bounds * 0, 1, feature_map="elu1", backend=backend)
+    assert o.shape == none.shape
+    o.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("N, M, key_weight", [(3, 0, None), (0, 3, "softmax")])
+def test_no_queries_or_no_keys(backend, N, M, key_weight):
+    q, k, v = (torch.randn(1, 2, n, 8, device=DEVICE).requires_grad_() for n in (N, M, M))
+    o = linear_attention(q, k, v, feature_map="elu1", key_weight=key_weight, backend=backend)
+    assert torch.equal(o, torch.zeros(1, 2, N, 8, device=DEVICE))
+    o.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (q, k, v))
+
+
+def test_gradients_of_gradients_are_refused_where_the_loss_is_linear():
+    x = torch.randn(1, 1, 6, 8, device=DEVICE).requires_grad_()
+    loss = linear_attention(x, x, x, feature_map="elu1", backend="triton").sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_forward_mode_is_refused():
+    x = torch.randn(1, 1, 6, 8, device=DEVICE)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ValueError, match="no forward-mode derivatives"):
+            linear_attention(dual, x, x, feature_map="elu1", backend="triton")
+        tangent = forward_ad.unpack_dual(linear_attention(dual, x, x, feature_map="elu1")).tangent
+    double = x.double()
+    want = torch.func.jvp(
+        lambda q: linear_attention(q, double, double, feature_map="elu1"), (double,), (torch.ones_like(double),)
+    )[1]
+    torch.testing.assert_close(tangent, want.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_more_sequences_than_a_grid_has_places_on_its_second_axis():
+    q = torch.empty(70000, 1, 4, 8, device="meta")
+    arguments = (q, q, q, None, None, torch.ones(1, 8, device="meta"), *[None] * 4)
+    options = (4, "focusing_power", 3, True, None, 1e-6, False)
+    launches = Record(lambda record, *inputs: record_forward(record, *inputs, options, True), arguments).launches
+    assert launches and all(max(launch.grid[1:]) <= 65535 for launch in launches)
+
+
+def test_meta_tensors():
+    q = torch.empty(2, 3, 5, 8, device="meta")
+    assert linear_attention(q, q, q, feature_map="elu1", backend="triton").shape == q.shape
