@@ -181,12 +181,9 @@ def launch_options(
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether there is something to compute, and nothing looks on that must see operators.
-
-    That is tracing, a dispatch mode, a transform or a subclass of Tensor.
-    """
+    """Whether nothing looks on that must see operators: tracing, a dispatch mode, a transform, a subclass of Tensor."""
     return not (
-        torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling() or type(x) not in PLAIN or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active() or torch._C._functorch.is_functorch_wrapped_tensor(x)
     )  # fmt: skip
 
