@@ -34,9 +34,11 @@ from timm.models import clean_state_dict
 from torch import nn
 
 import flash_bla.models.weights  # noqa: F401 - torch.load then accepts what official files hold besides weights
+from flash_bla.configs import load_yaml
 from flash_bla.engine.config import RunError, differences
 from flash_bla.models.vit import VisionTransformer
 
+LOGS = ("config.yaml", "log.csv", "preview.png", "curve.png", "summary.json")  # what a run writes besides
 AVERAGED = ("state_dict_ema", "model_ema")  # where a file keeps a moving average of its weights
 
 
@@ -123,7 +125,8 @@ class CheckpointFolder:
         """Where the run stands, or None if it has not begun. A damaged `last.pt` gives way to the one before it.
 
         Raises:
-            RunError: There are checkpoints, but none to go on from: beginning anew would overwrite them.
+            RunError: There are checkpoints, but none to go on from, or files that are not of a run that ended before
+                its first checkpoint: beginning anew would overwrite them.
         """
         found = [path for path in (self.last, self.previous) if path.exists()]
         for path in found:
@@ -141,7 +144,20 @@ class CheckpointFolder:
                 f"{self.folder} holds checkpoints, but none that the run can go on from; they are left as they are. "
                 "Choose another output folder, or move these files away"
             )
+        there = [name for name in LOGS if (self.folder / name).exists()]
+        if there and ("summary.json" in there or not self._began()):
+            raise RunError(
+                f"{self.folder} holds {', '.join(there)}, which the run would overwrite, but no checkpoint; choose "
+                "another output folder, or move these files away"
+            )
         return None
+
+    def _began(self) -> bool:
+        """Whether the first file that a run writes is there, its config.yaml."""
+        try:
+            return {"total_batch", "rates"} <= load_yaml(self.folder / "config.yaml").keys()
+        except (OSError, ValueError):
+            return False
 
     def check_same_run(self, state: dict[str, Any], now: dict[str, Any]) -> None:
         """Refuses to go on with, or to overwrite, a run of other settings, and says what differs."""

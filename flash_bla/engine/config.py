@@ -271,6 +271,10 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
     config = TrainConfig(**(values | given))
     if config.output is None:
         config.output = "runs/" + f"{config.model}-{config.dataset}".replace("/", "-")
+    kept = Path(config.output) / "config.yaml"
+    for name in ("config", "recipe"):
+        if name in given and Path(given[name]).resolve() == kept.resolve():
+            raise RunError(f"output: the run keeps its settings in {kept}, the file of --{name}; choose another folder")
     return _check_train(config)
 
 

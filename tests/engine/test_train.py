@@ -58,6 +58,37 @@ def test_another_run_is_not_overwritten(train, load, tmp_path):
     assert before == {file: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
 
 
+def test_files_that_are_not_of_the_run_are_not_overwritten(train, on_loss, model_yaml, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    own = folder / "config.yaml"
+    own.write_bytes(model_yaml.read_bytes().replace(b"family", b"name: kept_vit\nfamily", 1))
+    before = own.read_bytes()
+    with pytest.raises(RunError, match="output: the run keeps its settings in .*run/config.yaml, the file of --config"):
+        train("run", "--config", str(own))
+    with pytest.raises(RunError, match="run holds config.yaml, which the run would overwrite, but no checkpoint"):
+        train("run")
+    assert [file.read_bytes() for file in folder.iterdir()] == [before]
+    for name in ("log.csv", "preview.png", "curve.png", "summary.json"):
+        own = own.rename(folder / name)
+        with pytest.raises(RunError, match=f"run holds {name}, which"):
+            train("run")
+
+    class Killed(Exception):
+        pass
+
+    def killed_once(call, loss):
+        if call == 0:
+            raise Killed
+        return loss
+
+    on_loss(killed_once)
+    with pytest.raises(Killed):
+        train("killed")
+    assert {"config.yaml", "preview.png"} <= {file.name for file in (tmp_path / "killed").iterdir()}
+    assert train("killed") == 0  # that is one of its own, and begins anew
+
+
 @pytest.mark.parametrize("stop_at", [2, UPDATES - 1, UPDATES])
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(train, load, on_loss, stop_at):
     flags = ("--ema-decay", "0.9", "--aa", "rand-m5", "--reprob", "0.3", "--mixup", "0.5", "--drop-path", "0.2")
