@@ -162,6 +162,9 @@ class CheckpointFolder:
     def check_same_run(self, state: dict[str, Any], now: dict[str, Any]) -> None:
         """Refuses to go on with, or to overwrite, a run of other settings, and says what differs."""
         changed = differences(state["config"], now["config"])
+        old, new = (settings["val_images"] for settings in (state["config"], now["config"]))
+        if old != new and self._writes:
+            self._warn(f"val_images: {old} -> {new}")
         if state["model"] != now["model"]:
             changed.append(f"model: {state['model']} -> {now['model']}")
         if state["class_names"] != now["class_names"]:

@@ -334,9 +334,10 @@ def check_settings(kind: type[Config], values: dict[str, Any], where: str) -> di
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What differs between two runs' settings, leaving out those that have no part in the result.
 
-    A setting that is younger than the old run had its default there.
+    A setting that is younger than the old run had its default there. The number of held-out images is left out, too: a
+    run that ended at one that cannot be read must be able to go on without it.
     """
-    free = {f.name for f in fields(TrainConfig) if f.metadata["free"]}
+    free = {f.name for f in fields(TrainConfig) if f.metadata["free"]} | {"val_images"}
     old, new = (as_dict(TrainConfig()) | settings for settings in (old, new))
     keys = [key for key in {**old, **new} if key not in free]
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]

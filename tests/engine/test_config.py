@@ -136,9 +136,9 @@ def test_the_average_reaches_as_far_with_any_total_batch():
 
 
 def test_differences_leave_out_what_has_no_part_in_the_result():
-    assert differences({"lr": 1.0, "workers": 4, "total_batch": 8}, {"lr": 2.0, "workers": 8, "total_batch": 8}) == [
-        "lr: 1.0 -> 2.0"
-    ]
+    old = {"lr": 1.0, "workers": 4, "total_batch": 8, "train_images": 90, "val_images": 12}
+    new = {"lr": 2.0, "workers": 8, "total_batch": 8, "train_images": 91, "val_images": 11}
+    assert differences(old, new) == ["lr: 1.0 -> 2.0", "train_images: 90 -> 91"]
 
 
 def test_evaluation_wants_something_to_evaluate():

@@ -307,14 +307,15 @@ def test_unreadable_images(train, load, pictures, tmp_path, capsys):
     flags = ("--dataset", "folder", "--data-dir", str(root), "--batch-size", "12", "--epochs", "3", "--in-chans", "1")
     (root / "train" / "grey" / "1.png").write_bytes(b"no picture")
     held_out = root / "val" / "grey" / "1.png"
-    picture = held_out.read_bytes()
-    held_out.write_bytes(picture[:50])
+    held_out.write_bytes(held_out.read_bytes()[:50])
     with pytest.raises(RunError, match=f"evaluation: cannot read {held_out}"):
         train("run", *flags)
     assert capsys.readouterr().err.count(f"skipped: cannot read {root}/train/grey/1.png") == 1
     assert (load("run")["epoch"], load("run")["update"]) == (0, 2)  # the epoch is not lost
-    held_out.write_bytes(picture)
+    held_out.unlink()
     assert train("run", *flags) == 0
+    assert "warning: val_images: 9 -> 8" in capsys.readouterr().err
+    assert load("run")["config"]["val_images"] == 8
     assert [row["unreadable_images"] for row in load("run")["history"]] == [1, 1, 1]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(summary["unreadable_images"]) == 1
