@@ -15,10 +15,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from timm.data import create_transform
+from timm.optim import list_optimizers
+
 from flash_bla.configs import FOLDER, check_entries, config_path, load_yaml
 from flash_bla.engine.flags import converted, parse_flags, yaml_hint
 from flash_bla.models import read_config, register_config
 from flash_bla.models.registry import check_name
+from flash_bla.suggest import did_you_mean
 
 Config = TypeVar("Config", bound="CommonConfig")
 
@@ -73,7 +77,9 @@ class CommonConfig:
     )
     mean: list[float] | None = setting("data", None, "mean of each channel; none: the model's own")
     std: list[float] | None = setting("data", None, "standard deviation of each channel; none: the model's own")
-    interpolation: str | None = setting("data", None, "bilinear, bicubic, ...; none: the model's own")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = setting(
+        "data", None, "how an image is resized; none: the model's own"
+    )
     crop_pct: float | None = setting("data", None, "evaluation: part of a side that is cropped; none: the model's own")
     crop_mode: Literal["center", "squash", "border"] | None = setting(
         "data", None, "evaluation: how an image is made square; none: the model's own"
@@ -369,6 +375,26 @@ def _check_train(config: TrainConfig) -> TrainConfig:
     for name in ("scale", "ratio", "betas"):
         if len(getattr(config, name)) != 2:
             raise RunError(f"{name}: two numbers, got {getattr(config, name)}")
+    (low, high), (narrow, wide) = config.scale, config.ratio
+    for name, holds, wanted in (
+        ("scale", 0 < low <= high <= 1, "more than 0 and at most 1, the smaller first"),
+        ("ratio", 0 < narrow <= wide, "more than 0, the smaller first"),
+        ("mixup", config.mixup >= 0, "at least 0"),
+        ("cutmix", config.cutmix >= 0, "at least 0"),
+        ("smoothing", 0 <= config.smoothing < 1, "at least 0 and less than 1"),
+        ("drop_path", 0 <= (config.drop_path or 0) < 1, "at least 0 and less than 1, or none"),
+        ("lr", config.lr >= 0, "at least 0"),
+        ("layer_decay", config.layer_decay is None or 0 < config.layer_decay <= 1, "more than 0, at most 1, or none"),
+        ("clip_grad", config.clip_grad is None or config.clip_grad > 0, "more than 0, or none"),
+    ):
+        if not holds:
+            raise RunError(f"{name}: {wanted}, got {getattr(config, name)}")
+    if config.opt.lower().removeprefix("lookahead_") not in list_optimizers():
+        raise RunError(f"opt: timm has no optimizer {config.opt!r}{did_you_mean(config.opt, list_optimizers())}")
+    try:
+        create_transform(224, is_training=True, auto_augment=config.aa)
+    except (AssertionError, LookupError, ValueError) as error:
+        raise RunError(f"aa: no policy of timm, got {config.aa!r}: {error}") from error
     if config.warmup_epochs >= config.epochs:
         raise RunError(f"warmup_epochs: must be less than epochs ({config.epochs}), got {config.warmup_epochs:g}")
     for name in ("ema_batch", "mesa"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
+from timm.data.transforms import _str_to_torch_interpolation
 
 from flash_bla.configs import FOLDER
 from flash_bla.engine.config import EvalConfig, RunError, TrainConfig, differences, parse_eval, parse_train
@@ -115,6 +117,35 @@ def test_recipe_errors_name_the_recipe(tmp_path):
 def test_contradictions(flags, message):
     with pytest.raises(RunError, match=message):
         parse_train(flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("clip-grad", ["-1", "0"], "more than 0, or none, got "),
+        ("layer-decay", ["0", "1.5"], "more than 0, at most 1, or none, got "),
+        ("drop-path", ["-0.1", "1"], "at least 0 and less than 1, or none, got "),
+        ("smoothing", ["-0.1", "1"], "at least 0 and less than 1, got "),
+        ("scale", ["0 1", "0.5 1.1", "0.8 0.4"], "more than 0 and at most 1, the smaller first, got "),
+        ("ratio", ["0 1", "2 1"], "more than 0, the smaller first, got "),
+        ("lr", ["-0.1", "nan"], "at least 0, got "),
+        ("mixup", ["-1"], "at least 0, got "),
+        ("cutmix", ["-1"], "at least 0, got "),
+        ("opt", ["adamww"], "timm has no optimizer 'adamww'; did you mean 'adamw'"),
+        ("aa", ["rnd-m9", "rand-m9-q2", "rand-mx1", "augmix-x1", "rand-m1.5"], "no policy of timm, got "),
+    ],
+)
+def test_values_out_of_range(name, wrong, message):
+    for value in wrong:
+        with pytest.raises(RunError, match=f"^{name.replace('-', '_')}: {message}"):
+            parse_train(["--model", "resnet18", f"--{name}", *value.split()])
+
+
+def test_names_of_timm_are_known():
+    for flags in (["--opt", "Lookahead_AdamW"], ["--aa", "augmix-m5-w4"], ["--aa", "original-mstd0.5"]):
+        assert parse_train(["--model", "resnet18", *flags])
+    hint = get_type_hints(TrainConfig)["interpolation"]
+    assert set(get_args(get_args(hint)[0])) == _str_to_torch_interpolation.keys()
 
 
 def test_learning_rates_scale_with_the_total_batch():
