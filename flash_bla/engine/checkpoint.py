@@ -160,11 +160,20 @@ class CheckpointFolder:
             return False
 
     def check_same_run(self, state: dict[str, Any], now: dict[str, Any]) -> None:
-        """Refuses to go on with, or to overwrite, a run of other settings, and says what differs."""
-        changed = differences(state["config"], now["config"])
-        old, new = (settings["val_images"] for settings in (state["config"], now["config"]))
-        if old != new and self._writes:
-            self._warn(f"val_images: {old} -> {new}")
+        """Refuses to go on with, or to overwrite, a run of other settings, and says what differs.
+
+        The data may have moved, and some of those held out be gone, which is a warning. A run that is complete would
+        show its old figures as those of the new folder: there it is refused.
+        """
+        old, new = state["config"], now["config"]
+        changed = differences(old, new)
+        for key in ("data_dir", "val_images"):
+            if old[key] == new[key]:
+                continue
+            if key == "data_dir" and state["epoch"] >= new["epochs"] + new["cooldown_epochs"]:
+                changed.append(f"data_dir: {old[key]} -> {new[key]}, and the run is complete")
+            elif self._writes:
+                self._warn(f"{key}: {old[key]} -> {new[key]}")
         if state["model"] != now["model"]:
             changed.append(f"model: {state['model']} -> {now['model']}")
         if state["class_names"] != now["class_names"]:

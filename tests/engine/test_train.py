@@ -321,6 +321,18 @@ def test_unreadable_images(train, load, pictures, tmp_path, capsys):
     assert len(summary["unreadable_images"]) == 1
 
 
+def test_data_in_another_folder(train, pictures, on_loss, capsys):
+    here, there = pictures("here"), pictures("there")
+    flags = ("--dataset", "folder", "--batch-size", "12", "--in-chans", "1", "--data-dir")
+    on_loss(interrupt(2))
+    assert train("run", *flags, str(here)) == 75
+    assert train("run", *flags, str(there)) == 0
+    assert f"warning: data_dir: {here} -> {there}" in capsys.readouterr().err
+    with pytest.raises(RunError, match=f"data_dir: {there} -> {here}, and the run is complete"):
+        train("run", *flags, str(here))
+    assert train("run", *flags, str(there)) == 0
+
+
 def test_any_timm_model(train, load, tmp_path):
     model = ("--model", "test_vit", "--dataset", "digits", "--img-size", "32", "--workers", "0", "--epochs", "1")
     assert train("run", *model, "--warmup-epochs", "0", "--batch-size", "240", "--in-chans", "1") == 0
