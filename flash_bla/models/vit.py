@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
+from timm.layers import PatchEmbed as TimmPatchEmbed
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
@@ -19,6 +20,15 @@ from flash_bla.models.block import Block
 from flash_bla.models.registry import Family
 
 __all__ = ["VisionTransformer"]
+
+
+class PatchEmbed(TimmPatchEmbed):
+    """timm's patch embedding, whose grid for ``img_size`` is that of the padded image."""
+
+    def _init_img_size(self, img_size: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], int]:
+        img_size = to_2tuple(img_size)
+        rows, columns = (-(-side // patch) for side, patch in zip(img_size, self.patch_size, strict=True))
+        return img_size, (rows, columns), rows * columns
 
 
 class ConvStem(PatchEmbed):

@@ -71,6 +71,7 @@ def test_other_resolutions_and_crops(checkpoint):
     result = evaluate(*flags, "--precision", "bf16", "--batch-size", "100")
     assert (result["input_size"], result["crop_pct"], result["crop_mode"]) == ([1, 16, 12], 1.0, "squash")
     assert result["images"] == 360
+    assert evaluate("--checkpoint", checkpoint, "--img-size", "3")["input_size"] == [1, 3, 3]  # less than a patch
 
 
 def test_plain_files_of_weights(tmp_path, pictures):
