@@ -34,6 +34,8 @@ def resample_encoding(
     Returns:
         ``(1, prefix + new H · new W, C)``.
     """
+    if torch.jit.is_tracing():  # sizes are tensors then
+        new_size = int(new_size[0]), int(new_size[1])
     # A program that is exported for any size must not depend on whether the example's is the encoding's own.
     if not is_exporting() and tuple(new_size) == tuple(old_size):
         return encoding

@@ -35,7 +35,8 @@ def axial_rope(x: Tensor, grid: tuple[int, int], dim: int, num_heads: int = 1, *
     """
     dtype = torch.float16 if autocast_dtype(x) == torch.bfloat16 else torch.float32
     arguments = (*grid, count_prefix_tokens(x, grid), dim, num_heads, endpoint, x.device, dtype)
-    if torch.compiler.is_compiling() or type(x) is not Tensor:  # traced and fake tensors must not outlive their trace
+    # Traced and fake tensors must not outlive their trace.
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit.is_tracing():
         return _axial_rope(*arguments)
     return _cached_axial_rope(*arguments)
 

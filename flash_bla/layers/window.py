@@ -169,8 +169,7 @@ def _window_tables(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """How the tokens of a grid fall into windows, on x's device.
 
-    They are kept for the arguments of the last calls, but under ``torch.compile`` and ``torch.export``, where they
-    become part of the graph.
+    They are kept for the arguments of the last calls, but while PyTorch traces, where they become part of the graph.
 
     Returns:
         The tokens in the order of the windows of the shifted and padded map, with the number of tokens in the place of
@@ -179,7 +178,8 @@ def _window_tables(
         -inf for pairs that do not belong together; None without a shift.
     """
     arguments = tuple(grid), padded, window, shift, table_window, x.device, autocast_dtype(x)
-    if torch.compiler.is_compiling() or type(x) is not Tensor:  # traced and fake tensors must not outlive their trace
+    # Traced and fake tensors must not outlive their trace.
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit.is_tracing():
         return _make_window_tables(*arguments)
     return _cached_window_tables(*arguments)
 

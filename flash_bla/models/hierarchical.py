@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
@@ -297,8 +298,9 @@ def pad_to_multiple(x: Tensor, height: int, width: int | None = None) -> Tensor:
     width = width or height
     rows = (x.shape[1] + height - 1) // height * height - x.shape[1]
     columns = (x.shape[2] + width - 1) // width * width - x.shape[2]
-    # Padding by nothing is a copy; for sizes in general a graph pads, since asking would bind it to some of them.
-    if statically_known_true(rows == 0) and statically_known_true(columns == 0):
+    # Padding by nothing is a copy; for sizes in general a graph pads, since asking would bind it to some of them. In
+    # torch.jit.trace sizes are tensors, of which nothing is known.
+    if not torch.jit.is_tracing() and statically_known_true(rows == 0) and statically_known_true(columns == 0):
         return x
     return F.pad(x, (0, 0, 0, columns, 0, rows))
 

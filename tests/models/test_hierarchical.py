@@ -225,6 +225,15 @@ def test_compile_and_export(name):
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_traces(name):
+    model = create(name)
+    for size in ((96, 96), (64, 97)):  # that of the encodings, and one that is padded
+        traced = torch.jit.trace(model, images(*size, batch=1))  # traces twice and compares
+        torch.testing.assert_close(traced(images(*size)), model(images(*size)))
+
+
 def test_a_short_side_pads_and_a_grid_rounds_up():
     assert hierarchical.stage_grids((65, 130)) == [(17, 33), (9, 17), (5, 9), (3, 5)]
     x = torch.ones(1, 5, 6, 2)
