@@ -222,6 +222,10 @@ def _register(config: ModelConfig) -> None:
         raise ValueError(f"{config.path}: {config.name!r} exists already; choose a new name (key 'name')")
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        given = kwargs.get("pretrained_cfg")
+        if given and not isinstance(given, str):  # a tag; else entries, and what they lack is the model's own
+            entries = given if isinstance(given, dict) else vars(given)
+            kwargs["pretrained_cfg"] = cfg | {key: value for key, value in entries.items() if value is not None}
         return _build(config.name, config.family, pretrained, **{**copy.deepcopy(config.args), **kwargs})
 
     create.__name__ = create.__qualname__ = config.name

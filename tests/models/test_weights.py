@@ -18,7 +18,7 @@ import pytest
 import timm
 import torch
 from test_golden import FIXED, FOLDER, GOLDEN
-from timm.models import load_checkpoint, save_for_hf
+from timm.models import PretrainedCfg, load_checkpoint, save_for_hf
 
 import eval as eval_script
 from flash_bla.engine.config import RunError, parse_eval
@@ -157,6 +157,8 @@ def test_files_of_this_project(folder):
     content = {"model": {"name": "x", "family": "pvt", "args": {}}, "state_dict": source.state_dict()}
     torch.save(content | {"state_dict_ema": None, "config": {}}, "own.pth")
     assert_equal_outputs(pvt(num_classes=7, checkpoint_path="own.pth"), source)
+    for cfg in ({"file": "own.pth", "num_classes": 7}, PretrainedCfg(file="own.pth")):  # in place of the model's own
+        assert_equal_outputs(pvt(num_classes=7, pretrained=True, pretrained_cfg=cfg), source)
     # The configuration says 1000 classes, but the head fits.
     loaded = pvt(num_classes=7, pretrained=True, pretrained_cfg_overlay={"file": "own.pth"})
     assert_equal_outputs(loaded, source)
