@@ -357,6 +357,9 @@ def as_dict(config: CommonConfig) -> dict[str, Any]:
 def _check_common(config: Config) -> Config:
     if config.img_size is not None and len(config.img_size) not in (1, 2):
         raise RunError(f"img_size: one number or height and width, got {config.img_size}")
+    for name in ("num_classes", "in_chans"):  # data and checks go by the setting
+        if name in config.model_kwargs:
+            raise RunError(f"model_kwargs: {name} has a flag of its own, --{name.replace('_', '-')}")
     for name in ("batch_size", "in_chans", "num_classes", "threads"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise RunError(f"{name}: must be at least 1, got {getattr(config, name)}")

@@ -110,6 +110,8 @@ def test_recipe_errors_name_the_recipe(tmp_path):
         (["--model", "resnet18", "--mesa", "1"], "mesa: 1 learns from the averaged weights, but ema_decay is none"),
         (["--model", "mlla_tiny", "--ema-decay", "none"], "mesa"),
         (["--model", "resnet18", "--img-size", "1", "2", "3"], "img_size"),
+        (["--model", "resnet18", "--model-kwargs", "num_classes=5"], "model_kwargs: num_classes .* --num-classes"),
+        (["--model", "resnet18", "--model-kwargs", "in_chans=1"], "model_kwargs: in_chans .* --in-chans"),
         (["--model", "resnet18", "--cuda-graphs"], "only with compile"),
         (["--model", "resnet18", "--compile", "--cuda-graphs", "--grad-accum", "2"], "cuda_graphs: .* grad_accum 2"),
     ],
