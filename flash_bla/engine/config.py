@@ -297,6 +297,13 @@ def parse_eval(argv: Sequence[str] | None = None) -> EvalConfig:
     for one, other in (("sizes", "img_size"), ("suite", "dataset")):
         if getattr(config, one) and getattr(config, other):
             raise RunError(f"{one}: it takes the place of {other}, give one of them")
+    if config.image and config.output:
+        raise RunError("output: the classes of single pictures are printed alone, leave it out beside image")
+    if config.model:
+        try:
+            check_name(config.model)  # before a checkpoint is read
+        except ValueError as error:
+            raise RunError(str(error)) from error
     if config.sizes and min(config.sizes) < 1:
         raise RunError(f"sizes: must be at least 1, got {config.sizes}")
     return _check_common(config)

@@ -92,6 +92,18 @@ def test_plain_files_of_weights(tmp_path, pictures):
         evaluate("--model", "test_vit", *flags)
 
 
+def test_settings_that_would_have_no_effect(checkpoint, tmp_path):
+    for name, own in (("num_classes", 10), ("in_chans", 1)):
+        flags = ("--checkpoint", checkpoint, f"--{name.replace('_', '-')}")
+        with pytest.raises(RunError, match=f"{name}: the model of .*last.pt has {own}, got 3"):
+            evaluate(*flags, "3")
+        assert evaluate(*flags, str(own))["images"] == 360
+    with pytest.raises(RunError, match="output: the classes of single pictures are printed alone"):
+        evaluate("--checkpoint", checkpoint, "--image", "x.png", "--output", str(tmp_path / "y"))
+    with pytest.raises(RunError, match="no model is called 'pola_vit_tini'; did you mean 'pola_vit_tiny'"):
+        evaluate("--model", "pola_vit_tini", "--checkpoint", "nowhere.pt")
+
+
 def test_an_unreadable_image_is_named(pictures):
     root = pictures()
     (root / "val" / "grey" / "0.png").write_bytes(b"no picture")
