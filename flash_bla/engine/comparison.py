@@ -42,8 +42,13 @@ def compare(files: Sequence[str], output: str | None) -> list[dict[str, Any]]:
         The rows, each with its file's name as `result`.
 
     Raises:
-        RunError: A file is not there, or is no such result.
+        RunError: A file is not there, or is no such result, or OUTPUT.csv is one of an evaluation.
     """
+    if output:
+        for file in files:
+            stem = Path(file).with_suffix("")
+            if Path(f"{output}.csv").resolve() in (Path(f"{stem}{end}").resolve() for end in (".csv", ".classes.csv")):
+                raise RunError(f"output: {output}.csv belongs to {file}, choose another name")
     rows = [row for file in files for row in _read(file)]
     order = list(dict.fromkeys(row["dataset"] for row in rows))
     rows.sort(key=lambda row: (order.index(row["dataset"]), -row["top1"]))

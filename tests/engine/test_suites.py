@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -181,6 +182,11 @@ def test_sizes_in_one_run_and_results_side_by_side(pictures, tmp_path, capsys):
     assert [row["result"] for row in read_csv(f"{output}.csv")] == [result for _, result in places]
     with Image.open(f"{output}.png") as plot:
         assert plot.format == "PNG"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.csv")}
+    for taken in (str(first), f"{first}.classes", os.path.relpath(first)):
+        with pytest.raises(RunError, match=f"output: {taken}.csv belongs to .*{first.name}.json"):
+            eval_script.main(["--compare", *files, "--output", taken])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.csv")}
 
 
 def test_a_batch_is_scored_among_the_classes_asked_for(one_process):
