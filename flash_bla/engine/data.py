@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_dataset, create_transform
+from timm.data.dataset_factory import _search_split
 from timm.data.random_erasing import RandomErasing
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import nn
@@ -98,6 +99,8 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
         )
     class_map = {label: index for index, label in enumerate(class_names)} if class_names and not name else None
     root = config.data_dir if name else _tar_of(config.data_dir, split) or config.data_dir
+    if not name and os.path.isdir(root):
+        _check_folder(root, _search_split(root, split), split, class_names)
     try:
         dataset = create_dataset(
             name, root=root, split=split, class_map=class_map, is_training=training,
@@ -107,8 +110,6 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
         raise RunError(f"the data set {config.dataset!r} in {root} cannot be read: {error}") from error
     if not name and os.path.isfile(root):
         _check_tar(root)
-    elif not name:
-        _check_folder(config.data_dir, dataset.reader.root, split, class_names)
     return dataset
 
 
@@ -143,7 +144,8 @@ def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str]
         if has_images and os.path.samefile(path, folder):
             raise RunError(f"images must stand in a folder of their class, but there are some in {path} itself")
         if has_images and known and os.path.basename(path) not in known:
-            raise RunError(f"the folder {path} is none of the {len(known)} classes of the model")
+            some = ", ".join(class_names[:5]) + (", ..." if len(known) > 5 else "")
+            raise RunError(f"the folder {path} is none of the {len(known)} classes of the model: {some}")
 
 
 def image_count(dataset: Any) -> int:

@@ -280,8 +280,9 @@ def test_errors_before_anything_starts(pictures, tmp_path):
         open_dataset(settings(dataset="digit"), training=True)
     with pytest.raises(RunError, match=r"no folder for the split 'test' in .*; there is: train, val"):
         open_dataset(folder(root, val_split="test"), training=False)
-    with pytest.raises(RunError, match="is none of the 2 classes"):
-        open_dataset(folder(root), training=False, class_names=["dark", "light"])
+    for names in (["dark", "light"], ["cats", "dogs"]):
+        with pytest.raises(RunError, match=f"val/.* is none of the 2 classes of the model: {', '.join(names)}$"):
+            open_dataset(folder(root), training=False, class_names=names)
     (root / "train" / "empty").mkdir()
     with pytest.raises(RunError, match="the class 'empty' is empty: no image in .*train/empty"):
         open_dataset(folder(root), training=True)
