@@ -299,13 +299,16 @@ def load_entries(model: nn.Module, entries: dict[str, torch.Tensor], trouble: st
         raise RunError("\n".join([f"{trouble}:", *_shortened(lines)]) + hint) from error
 
 
+def classifiers(model: nn.Module) -> dict[str, nn.Module]:
+    """The last layer by its name in the model, or both of a model with a head for distillation."""
+    last = model.get_classifier()
+    last = last if isinstance(last, tuple) else (last,)
+    return {name: module for name, module in model.named_modules() if module in last}
+
+
 def classifier_entries(model: nn.Module) -> dict[str, torch.Tensor]:
     """The classifier's entries under their names in the model's state dict."""
-    classifier = model.get_classifier()
-    name = next((n for n, module in model.named_modules() if module is classifier), None)
-    if name is None:
-        return {}
-    return {f"{name}.{key}": value for key, value in classifier.state_dict().items()}
+    return {f"{name}.{key}": value for name, m in classifiers(model).items() for key, value in m.state_dict().items()}
 
 
 def _shortened(lines: list[str], limit: int = 5) -> list[str]:

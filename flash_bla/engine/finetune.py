@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flash_bla.engine.checkpoint import classifier_entries, load_entries, state_dict_of
+from flash_bla.engine.checkpoint import classifier_entries, classifiers, load_entries, state_dict_of
 from flash_bla.engine.config import RunError, TrainConfig
 from flash_bla.layers import DepthwiseConv, resample_encoding
 from flash_bla.models.vit import VisionTransformer
@@ -197,7 +197,8 @@ def add_adapters(model: nn.Module, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
-    model.get_classifier().requires_grad_(True)
+    for classifier in classifiers(model).values():
+        classifier.requires_grad_(True)
 
 
 def choose_trained(model: nn.Module, config: TrainConfig) -> None:
@@ -210,7 +211,8 @@ def choose_trained(model: nn.Module, config: TrainConfig) -> None:
         add_adapters(model, config.lora)
     if config.freeze_backbone:
         model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
+        for classifier in classifiers(model).values():
+            classifier.requires_grad_(True)
     names = [name for name, _ in model.named_parameters()]
     for pattern in config.freeze or ():
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -227,7 +229,8 @@ def start_training(model: nn.Module, config: TrainConfig) -> None:
     model.train()
     if config.freeze_backbone:  # fixed means fixed: no drop path, no running statistics
         model.eval()
-        model.get_classifier().train()
+        for classifier in classifiers(model).values():
+            classifier.train()
     for module in model.modules():
         parameters = list(module.parameters()) if isinstance(module, _BatchNorm) else []
         if parameters and not any(parameter.requires_grad for parameter in parameters):

@@ -188,6 +188,22 @@ def test_frozen_parameters_and_statistics_stay():
         assert torch.equal(value, before[key]) == frozen, key
 
 
+def test_both_heads_of_a_distilled_model_are_its_classifier():
+    arguments = SIZES | {"num_classes": 3}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", **arguments)
+    config = TrainConfig(freeze_backbone=True)
+    choose_trained(model, config)
+    heads = {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == heads
+    start_training(model, config)
+    assert {name for name, module in model.named_modules() if module.training} == {"head", "head_dist"}
+    file = timm.create_model("deit_tiny_distilled_patch16_224", **arguments | {"num_classes": 10}).state_dict()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert load_weights(model, file, "deit.pth") == ["deit.pth has 10 classes: new classifier for 3 classes"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (before if name in heads else file)[name]), name
+
+
 def test_patterns_are_checked():
     model = linear_vit()
     with pytest.raises(RunError, match=r"freeze: no parameter matches 'blocks.7.\*'; they are named pos_embed, "):
