@@ -79,7 +79,10 @@ def train(config: TrainConfig, processes: Processes) -> int:
     notes = take_over(model, read_checkpoint(config.weights), config.weights) if config.weights else []
     choose_trained(model, config)
     if config.grad_checkpointing:
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except AssertionError as error:  # of timm's models that cannot
+            raise RunError(f"grad_checkpointing: not with model {config.model!r}: {error}") from error
     if config.sync_bn:
         model = sync_batch_norms(model, processes)
     model.to(device)

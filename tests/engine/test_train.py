@@ -338,5 +338,7 @@ def test_any_timm_model(train, load, tmp_path):
     assert train("run", *model, "--warmup-epochs", "0", "--batch-size", "240", "--in-chans", "1") == 0
     assert load("run")["model"]["family"] is None
     assert load("run")["data"]["input_size"] == [1, 32, 32]
+    with pytest.raises(RunError, match="grad_checkpointing: not with model 'hrnet_w18_small': .*not supported"):
+        train("other", "--model", "hrnet_w18_small", "--dataset", "digits", "--grad-checkpointing")
     with pytest.raises(RunError, match="no model is called 'pola_vit_tini'; did you mean 'pola_vit_tiny'"):
         train("other", "--model", "pola_vit_tini", "--data-dir", str(tmp_path / "nowhere"))
