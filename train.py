@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,12 +72,19 @@ def train(config: TrainConfig, processes: Processes) -> int:
     val_set = open_dataset(config, training=False, class_names=class_names, **reading)
     num_classes = check_classes(config.num_classes, class_names, config.dataset)
 
-    # Model.
+    # What the output folder holds is taken up, if it is of this very run.
+    folder = CheckpointFolder(config.output, warn, writes=processes.first)
+    state = folder.load()
+    if len(set(processes.gather(state and (state["epoch"], state["update"])))) > 1:
+        raise RunError(f"the processes see different checkpoints: {config.output} must be one folder for all of them")
+
+    # Model. Where there is a state, its weights take the place of those that the run began with.
     torch.manual_seed(config.seed)
-    model, description = create_model(config, num_classes, drop_path_rate=config.drop_path)
+    start = config if state is None else replace(config, pretrained=False, weights=None)
+    model, description = create_model(start, num_classes, drop_path_rate=config.drop_path)
     data = resolve_data(config, model, description)
     take_over = replace_attention if config.replace_attention else load_weights
-    notes = take_over(model, read_checkpoint(config.weights), config.weights) if config.weights else []
+    notes = take_over(model, read_checkpoint(start.weights), start.weights) if start.weights else []
     choose_trained(model, config)
     if config.grad_checkpointing:
         try:
@@ -122,7 +130,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if config.precision == "fp16" else 1.0)
     mixup = SeededMixup(config, num_classes) if config.mixup or config.cutmix else None
 
-    # Where the run stands: what the output folder holds is taken up, if it is of this very run.
+    # Where the run stands.
     settings = as_dict(config) | {"total_batch": order.total_batch, "data": data}
     settings |= {"train_images": image_count(train_set), "val_images": image_count(val_set)}
     meter = LossMeter(processes, config.max_nonfinite)
@@ -159,10 +167,6 @@ def train(config: TrainConfig, processes: Processes) -> int:
         log.say(f"asked to stop after update {update} of epoch {epoch + 1}{'' if saved else ', NOT saved'}")
         return STOPPED if saved else 1
 
-    folder = CheckpointFolder(config.output, warn, writes=processes.first)
-    state = folder.load()
-    if len(set(processes.gather(state and (state["epoch"], state["update"])))) > 1:
-        raise RunError(f"the processes see different checkpoints: {config.output} must be one folder for all of them")
     if state is not None:
         folder.check_same_run(state, snapshot())
         model.load_state_dict(state["state_dict"])

@@ -33,7 +33,7 @@ def create_model(config: CommonConfig, num_classes: int | None, **arguments: Any
     try:
         model, arguments = _sized(create, config.img_size, arguments)
         return model, describe_model(config.model, **arguments)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"model {config.model!r}: {error}") from error
 
 

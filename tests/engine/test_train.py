@@ -16,7 +16,7 @@ from runs import UPDATES, assert_same_run, interrupt, tensors
 import eval as eval_script
 import train as train_script
 from flash_bla.engine import checkpoint as checkpoint_module
-from flash_bla.engine.config import RunError
+from flash_bla.engine.config import RunError, parse_train
 from flash_bla.engine.evaluation import Scores
 from flash_bla.engine.processes import StopRequest
 
@@ -278,6 +278,23 @@ def test_a_linear_probe_keeps_running_statistics(train, load):
     for key, value in fresh.state_dict().items():
         if "running" in key:
             assert torch.equal(load("probe")["state_dict"][key], value)
+
+
+@pytest.mark.parametrize("way", ["weights", "pretrained"])
+def test_weights_are_read_at_the_start_of_a_run_alone(train, load, on_loss, model_yaml, tmp_path, way):
+    file, path = tmp_path / "begin.pth", tmp_path / f"tiny_{way}.yaml"
+    path.write_text(f"{model_yaml.read_text()}pretrained: {{own: {{file: {file}, num_classes: 10}}}}\n")
+    flags = ("--config", str(path), *(("--weights", str(file)) if way == "weights" else ("--pretrained",)))
+    torch.manual_seed(7)
+    torch.save(timm.create_model(parse_train(["--config", str(path)]).model, num_classes=10).state_dict(), file)
+    assert train("whole", *flags) == 0
+    on_loss(interrupt(6))
+    assert train("run", *flags) == 75
+    file.unlink()
+    assert train("run", *flags) == 0
+    assert_same_run(load("whole"), load("run"))
+    with pytest.raises(RunError, match=r"no such .*begin\.pth"):
+        train("other", *flags)
 
 
 def test_fine_tuning_with_other_classes_and_another_resolution(train, load, pictures, tmp_path, capsys):
