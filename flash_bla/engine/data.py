@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_dataset, create_transform
 from timm.data.dataset_factory import _search_split
@@ -28,6 +30,7 @@ from flash_bla.engine.augment import KeyedImages, KeyedTransform, image_keys
 from flash_bla.engine.config import CommonConfig, RunError, TrainConfig
 from flash_bla.engine.erasing import ErasedImages, ErasingTransform
 from flash_bla.engine.loaders import EvalStream, Item, Loader, StreamLoader, TrainStream, loader_options
+from flash_bla.engine.logs import warn
 from flash_bla.engine.processes import Processes, mixed_seed, seed_host
 
 # Folder names that are splits and not classes, to notice a root folder that was given in place of one of them.
@@ -129,23 +132,29 @@ def _check_tar(path: str) -> None:
 
 
 def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str] | None) -> None:
-    """Refuses a folder that timm would read in another way than the user means."""
+    """Refuses a folder that timm would read in another way than the user means; warns of pictures left out."""
     if os.path.samefile(root, folder):  # timm found no folder for the split and would take all of them
         splits = sorted(SPLIT_NAMES & {entry.name for entry in os.scandir(root) if entry.is_dir()})
         if splits:
             raise RunError(f"no folder for the split {split!r} in {root}; there is: {', '.join(splits)}")
     kinds = get_img_extensions(as_set=True)
-    known = set(class_names or ())
+    read = ", ".join(sorted(kinds))
+    pictures = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN} - kinds
+    known, left_out = set(class_names or ()), Counter()
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        has_images = any(os.path.splitext(name)[1].lower() in kinds for name in files)
+        endings = [os.path.splitext(name)[1].lower() for name in files]
+        has_images = any(ending in kinds for ending in endings)
+        left_out.update(ending for ending in endings if ending in pictures)
         if not folders and not has_images:
-            raise RunError(f"the class {os.path.basename(path)!r} is empty: no image in {path}")
+            raise RunError(f"the class {os.path.basename(path)!r} is empty: no image in {path} ({read})")
         if has_images and os.path.samefile(path, folder):
             raise RunError(f"images must stand in a folder of their class, but there are some in {path} itself")
         if has_images and known and os.path.basename(path) not in known:
             some = ", ".join(class_names[:5]) + (", ..." if len(known) > 5 else "")
             raise RunError(f"the folder {path} is none of the {len(known)} classes of the model: {some}")
+    if left_out and not (dist.is_initialized() and dist.get_rank()):
+        warn(f"{folder}: {left_out.total()} pictures are left out ({', '.join(sorted(left_out))}); read are {read}")
 
 
 def image_count(dataset: Any) -> int:

@@ -295,6 +295,18 @@ def test_errors_before_anything_starts(pictures, tmp_path):
         check_classes(None, None, "wds/x")
 
 
+def test_pictures_of_other_formats_are_left_out_with_a_warning(pictures, capsys):
+    root = pictures()
+    for name in ("dark/a.webp", "dark/b.BMP", "light/c.webp"):
+        Image.new("RGB", (8, 8)).save(root / "train" / name)
+    (root / "train" / "grey" / "notes.txt").write_text("no picture")
+    assert len(open_dataset(folder(root), training=True)) == 24
+    assert len(open_dataset(folder(root), training=False)) == 9
+    assert capsys.readouterr().err == (
+        f"warning: {root}/train: 3 pictures are left out (.bmp, .webp); read are .jpeg, .jpg, .png\n"
+    )
+
+
 def test_an_unreadable_image_is_replaced_in_training_and_reported_in_evaluation(pictures):
     root = pictures()
     for split in ("train", "val"):
