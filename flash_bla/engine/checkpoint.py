@@ -168,12 +168,12 @@ class CheckpointFolder:
         old, new = state["config"], now["config"]
         changed = differences(old, new)
         for key in ("data_dir", "val_images"):
-            if old[key] == new[key]:
+            if old.get(key) == new.get(key):
                 continue
             if key == "data_dir" and state["epoch"] >= new["epochs"] + new["cooldown_epochs"]:
-                changed.append(f"data_dir: {old[key]} -> {new[key]}, and the run is complete")
+                changed.append(f"data_dir: {old.get(key)} -> {new[key]}, and the run is complete")
             elif self._writes:
-                self._warn(f"{key}: {old[key]} -> {new[key]}")
+                self._warn(f"{key}: {old.get(key)} -> {new[key]}")
         if state["model"] != now["model"]:
             changed.append(f"model: {state['model']} -> {now['model']}")
         if state["class_names"] != now["class_names"]:
