@@ -50,7 +50,8 @@ def load_model(config: EvalConfig) -> tuple[nn.Module, dict[str, Any], dict[str,
     elif is_own(content):
         description = content["model"]
         model = rebuild_model(config, description)
-        for name, own in (("num_classes", model.num_classes), ("in_chans", content["data"]["input_size"][0])):
+        own_data = content.get("data") or {"input_size": [config.in_chans]}
+        for name, own in (("num_classes", model.num_classes), ("in_chans", own_data["input_size"][0])):
             if getattr(config, name) not in (None, own):
                 raise RunError(f"{name}: the model of {config.checkpoint} has {own}, got {getattr(config, name)}")
     else:
@@ -69,7 +70,7 @@ def open_datasets(config: EvalConfig, model: nn.Module, content: dict[str, Any])
         return open_suites(config, model.num_classes, class_names)
     trained = content.get("config", {"dataset": "folder", "val_split": "validation"})
     given = {key: getattr(config, key) for key in ("dataset", "data_dir", "val_split")}
-    if config.dataset == "digits":
+    if (config.dataset or trained.get("dataset")) == "digits":  # in no folder, whatever the run named
         trained = trained | {"data_dir": None}
     config = replace(config, **{key: trained.get(key) if value is None else value for key, value in given.items()})
     # The classes' numbers are the checkpoint's, even if the folder lacks some of them.

@@ -167,8 +167,9 @@ class CheckpointFolder:
         """
         old, new = state["config"], now["config"]
         changed = differences(old, new)
-        for key in ("data_dir", "val_images"):
-            if old.get(key) == new.get(key):
+        same_folder = new["dataset"] == "digits" or _absolute(old.get("data_dir")) == _absolute(new["data_dir"])
+        for key, same in (("data_dir", same_folder), ("val_images", old.get("val_images") == new["val_images"])):
+            if same:
                 continue
             if key == "data_dir" and state["epoch"] >= new["epochs"] + new["cooldown_epochs"]:
                 changed.append(f"data_dir: {old.get(key)} -> {new[key]}, and the run is complete")
@@ -176,6 +177,9 @@ class CheckpointFolder:
                 self._warn(f"{key}: {old.get(key)} -> {new[key]}")
         if state["model"] != now["model"]:
             changed.append(f"model: {state['model']} -> {now['model']}")
+        else:  # which another version of this package may build otherwise: the optimizer's state would not fit
+            shapes, own = ({key: tuple(x.shape) for key, x in s["state_dict"].items()} for s in (state, now))
+            changed += [f"{key}: {shapes.get(key)} -> {own[key]}" for key in own if shapes.get(key) != own[key]]
         if state["class_names"] != now["class_names"]:
             changed.append("class_names: the data set has other classes")
         if changed:
@@ -297,6 +301,10 @@ def load_entries(model: nn.Module, entries: dict[str, torch.Tensor], trouble: st
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise RunError("\n".join([f"{trouble}:", *_shortened(lines)]) + hint) from error
+
+
+def _absolute(folder: str | None) -> str | None:
+    return None if folder is None else os.path.abspath(folder)
 
 
 def classifiers(model: nn.Module) -> dict[str, nn.Module]:

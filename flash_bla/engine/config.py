@@ -279,7 +279,7 @@ def parse_train(argv: Sequence[str] | None = None) -> TrainConfig:
         config.output = "runs/" + f"{config.model}-{config.dataset}".replace("/", "-")
     kept = Path(config.output) / "config.yaml"
     for name in ("config", "recipe"):
-        if name in given and Path(given[name]).resolve() == kept.resolve():
+        if given.get(name) and Path(given[name]).resolve() == kept.resolve():
             raise RunError(f"output: the run keeps its settings in {kept}, the file of --{name}; choose another folder")
     return _check_train(config)
 
@@ -395,11 +395,11 @@ def _check_train(config: TrainConfig) -> TrainConfig:
         ("drop_path", 0 <= (config.drop_path or 0) < 1, "at least 0 and less than 1, or none"),
         ("lr", config.lr >= 0, "at least 0"),
         ("layer_decay", config.layer_decay is None or 0 < config.layer_decay <= 1, "more than 0, at most 1, or none"),
-        ("clip_grad", config.clip_grad is None or config.clip_grad > 0, "more than 0, or none"),
+        ("clip_grad", (config.clip_grad or 0) >= 0, "at least 0, or none"),
     ):
         if not holds:
             raise RunError(f"{name}: {wanted}, got {getattr(config, name)}")
-    if config.opt.lower().removeprefix("lookahead_") not in list_optimizers():
+    if config.opt.lower().split("_")[-1] not in list_optimizers():  # before it stands how it is wrapped
         raise RunError(f"opt: timm has no optimizer {config.opt!r}{did_you_mean(config.opt, list_optimizers())}")
     try:
         create_transform(224, is_training=True, auto_augment=config.aa)

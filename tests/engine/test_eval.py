@@ -64,6 +64,10 @@ def test_digits_are_in_no_folder(checkpoint, tmp_path, pictures):
     content["config"] |= {"dataset": "folder", "data_dir": "somewhere"}
     torch.save(content, tmp_path / "of_a_folder.pt")
     assert evaluate("--checkpoint", str(tmp_path / "of_a_folder.pt"), "--dataset", "digits")["images"] == 360
+    content["config"]["dataset"] = "digits"  # of a run that was given a folder, which it had no use for
+    del content["data"]
+    torch.save(content, tmp_path / "of_a_folder.pt")
+    assert evaluate("--checkpoint", str(tmp_path / "of_a_folder.pt"))["images"] == 360
 
 
 def test_other_resolutions_and_crops(checkpoint):

@@ -347,7 +347,20 @@ def test_data_in_another_folder(train, pictures, on_loss, capsys):
     assert f"warning: data_dir: {here} -> {there}" in capsys.readouterr().err
     with pytest.raises(RunError, match=f"data_dir: {there} -> {here}, and the run is complete"):
         train("run", *flags, str(here))
-    assert train("run", *flags, str(there)) == 0
+    assert train("run", *flags, f"{there}/../{there.name}/") == 0
+
+
+def test_a_state_of_other_shapes_is_not_gone_on_with(train, on_loss, tmp_path):
+    """The same settings may build another model in another version of the package."""
+    on_loss(interrupt(2))
+    assert train("run") == 75
+    for name in ("last.pt", "previous.pt"):
+        if (file := tmp_path / "run" / name).exists():
+            content = torch.load(file, weights_only=True)
+            content["state_dict"]["pos_embed"] = content["state_dict"]["pos_embed"][:, 1:]
+            torch.save(content, file)
+    with pytest.raises(RunError, match=r"pos_embed: \(1, \d+, \d+\) -> \(1, \d+, \d+\)"):
+        train("run")
 
 
 def test_any_timm_model(train, load, tmp_path):

@@ -139,7 +139,9 @@ def test_the_averaged_weights_are_taken_unless_refused(save, key):
     load_checkpoint(model, file, use_ema=False)
     assert_equal_outputs(model, raw)
     for flag, wanted in (("--use-ema", averaged), ("--no-use-ema", raw)):
-        flags = ["--model", "pola_pvt_tiny", "--model-kwargs", *(f"{k}={v}" for k, v in SMALL.items())]
+        arguments = {key: value for key, value in SMALL.items() if key != "num_classes"}
+        flags = ["--model", "pola_pvt_tiny", "--model-kwargs", *(f"{key}={value}" for key, value in arguments.items())]
+        flags += ["--num-classes", str(SMALL["num_classes"])]
         assert_equal_outputs(eval_script.load_model(parse_eval(["--checkpoint", file, flag, *flags]))[0].eval(), wanted)
 
 

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from flash_bla import linear_attention, varlen_linear_attention
 from flash_bla.ops import focusing_power, signed_power
-from flash_bla.ops.triton_linear_attention import record_forward
+from flash_bla.ops.triton_linear_attention import record_backward, record_forward
 from flash_bla.ops.triton_support import Record
 from tests.ops.cases import DEVICE, TOLERANCE, VARIANTS, assert_close, forward_backward, make_inputs
 
@@ -115,4 +115,11 @@ def test_more_sequences_than_a_grid_has_places_on_its_second_axis():
     arguments = (q, q, q, None, None, torch.ones(1, 8, device="meta"), *[None] * 4)
     options = (4, "focusing_power", 3, True, None, 1e-6, False)
     launches = Record(lambda record, *inputs: record_forward(record, *inputs, options, True), arguments).launches
-    assert launches and all(max(launch.grid[1:]) <= 65535 for launch in launches)
+    ratios = torch.empty(70000, 32, device="meta")  # of queries and keys, each padded to 16
+    gradients = Record(
+        lambda record, *inputs: record_backward(record, *inputs, options, True), (q, None, ratios, *arguments)
+    )
+    launches += gradients.launches
+    names = {launch.kernel.__name__ for launch in launches}
+    assert {"norm_ratio_kernel", "norm_ratio_gradient_kernel"} <= names
+    assert all(max(launch.grid[1:]) <= 65535 for launch in launches)
