@@ -50,10 +50,12 @@ def load_model(config: EvalConfig) -> tuple[nn.Module, dict[str, Any], dict[str,
     elif is_own(content):
         description = content["model"]
         model = rebuild_model(config, description)
-        own_data = content.get("data") or {"input_size": [config.in_chans]}
-        for name, own in (("num_classes", model.num_classes), ("in_chans", own_data["input_size"][0])):
-            if getattr(config, name) not in (None, own):
-                raise RunError(f"{name}: the model of {config.checkpoint} has {own}, got {getattr(config, name)}")
+        own = {"num_classes": model.num_classes}
+        if "data" in content:
+            own["in_chans"] = content["data"]["input_size"][0]
+        for name, value in own.items():
+            if getattr(config, name) not in (None, value):
+                raise RunError(f"{name}: the model of {config.checkpoint} has {value}, got {getattr(config, name)}")
     else:
         raise RunError(f"{config.checkpoint} does not say which model it is of: name it with --model")
     if content and (notes := load_weights(model, content, config.checkpoint, use_ema=config.use_ema)):

@@ -15,6 +15,11 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether what is made beside x belongs to a trace, or is fake as x is, and must not be kept for other calls."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit.is_tracing()
+
+
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """function(*tensors), of which ``torch.compile`` keeps the tensors for the backward pass, and not the result.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flash_bla.layers.tokens import count_prefix_tokens
 from flash_bla.ops.arguments import autocast_dtype
+from flash_bla.tracing import is_traced
 
 BASE = 10000.0
 
@@ -35,8 +36,7 @@ def axial_rope(x: Tensor, grid: tuple[int, int], dim: int, num_heads: int = 1, *
     """
     dtype = torch.float16 if autocast_dtype(x) == torch.bfloat16 else torch.float32
     arguments = (*grid, count_prefix_tokens(x, grid), dim, num_heads, endpoint, x.device, dtype)
-    # Traced and fake tensors must not outlive their trace.
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit.is_tracing():
+    if is_traced(x):
         return _axial_rope(*arguments)
     return _cached_axial_rope(*arguments)
 

@@ -17,7 +17,7 @@ from flash_bla.layers.position import resample_encoding, resample_entry
 from flash_bla.layers.tokens import count_prefix_tokens, head_width
 from flash_bla.ops.arguments import autocast_dtype, merge_heads, split_heads
 from flash_bla.ops.triton_support import is_eager
-from flash_bla.tracing import is_exporting
+from flash_bla.tracing import is_exporting, is_traced
 
 
 @register_attention("window")
@@ -178,8 +178,7 @@ def _window_tables(
         -inf for pairs that do not belong together; None without a shift.
     """
     arguments = tuple(grid), padded, window, shift, table_window, x.device, autocast_dtype(x)
-    # Traced and fake tensors must not outlive their trace.
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch.jit.is_tracing():
+    if is_traced(x):
         return _make_window_tables(*arguments)
     return _cached_window_tables(*arguments)
 

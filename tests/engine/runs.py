@@ -39,6 +39,21 @@ def interrupt(number: int):
     return act
 
 
+class Crash(Exception):
+    """What ends a run as a killed process ends."""
+
+
+def crash(number: int):
+    """Raises at one of the losses."""
+
+    def act(call, loss):
+        if call == number:
+            raise Crash
+        return loss
+
+    return act
+
+
 def tensors(content, prefix: str = "") -> dict[str, torch.Tensor]:
     """All tensors of nested containers, by their place."""
     if isinstance(content, torch.Tensor):

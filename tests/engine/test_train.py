@@ -11,7 +11,7 @@ import signal
 import pytest
 import timm
 import torch
-from runs import UPDATES, assert_same_run, interrupt, tensors
+from runs import UPDATES, Crash, assert_same_run, crash, interrupt, tensors
 
 import eval as eval_script
 import train as train_script
@@ -74,16 +74,8 @@ def test_files_that_are_not_of_the_run_are_not_overwritten(train, on_loss, model
         with pytest.raises(RunError, match=f"run holds {name}, which"):
             train("run")
 
-    class Killed(Exception):
-        pass
-
-    def killed_once(call, loss):
-        if call == 0:
-            raise Killed
-        return loss
-
-    on_loss(killed_once)
-    with pytest.raises(Killed):
+    on_loss(crash(0))
+    with pytest.raises(Crash):
         train("killed")
     assert {"config.yaml", "preview.png"} <= {file.name for file in (tmp_path / "killed").iterdir()}
     assert train("killed") == 0  # that is one of its own, and begins anew
@@ -141,16 +133,8 @@ def test_signals(one_process):
 
 
 def test_checkpoints_within_an_epoch(train, load, on_loss):
-    class Crash(Exception):
-        pass
-
-    def act(call, loss):
-        if call == 8:
-            raise Crash
-        return loss
-
     train("whole")
-    on_loss(act)
+    on_loss(crash(8))
     with pytest.raises(Crash):
         train("run", "--save-updates", "3")
     assert (load("run")["epoch"], load("run")["update"]) == (1, 1)

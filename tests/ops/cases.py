@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.overrides import TorchFunctionMode
 
+from flash_bla import linear_attention
 from flash_bla.ops import focusing_power, signed_power
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -179,3 +180,12 @@ def _errors(results: dict, expected: dict) -> dict[str, float]:
         error = (results[name].double() - x.double()).norm().item()
         errors[name] = error / max(norms[name], 0 if name == "o" else floor)
     return errors
+
+
+def compare(name: str, leaves: dict, do: torch.Tensor, tolerance: float) -> None:
+    """The kernels on such leaves with the reference in float64."""
+    results = [
+        forward_backward(linear_attention, VARIANTS[name], (leaves, None, do), dtype, backend=backend)
+        for backend, dtype in (("triton", None), ("reference", torch.float64))
+    ]
+    assert_close(*results, tolerance)

@@ -10,16 +10,7 @@ from flash_bla import linear_attention, varlen_linear_attention
 from flash_bla.ops import focusing_power, signed_power
 from flash_bla.ops.triton_linear_attention import record_backward, record_forward
 from flash_bla.ops.triton_support import Record
-from tests.ops.cases import DEVICE, TOLERANCE, VARIANTS, assert_close, forward_backward, make_inputs
-
-
-def compare(name: str, leaves: dict, do: torch.Tensor, tolerance: float, **options) -> None:
-    """The kernels with the reference in float64."""
-    results = [
-        forward_backward(linear_attention, VARIANTS[name], (leaves, None, do), dtype, backend=backend, **options)
-        for backend, dtype in (("triton", None), ("reference", torch.float64))
-    ]
-    assert_close(*results, tolerance)
+from tests.ops.cases import DEVICE, TOLERANCE, VARIANTS, assert_close, compare, make_inputs
 
 
 @pytest.mark.parametrize("name", ["signed_power", "signed_power_weighted"])
