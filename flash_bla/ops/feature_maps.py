@@ -176,7 +176,7 @@ def _focusing_power(x, parameter, exponent):
 
 
 @jit
-def _integer_power(u, P: tl.constexpr):
+def integer_power(u, P: tl.constexpr):
     if P == 0:
         return u * 0.0 + 1.0
     else:
@@ -188,13 +188,13 @@ def _integer_power(u, P: tl.constexpr):
 
 @jit
 def _focusing_power_triton(x, a, P: tl.constexpr):
-    return _integer_power(tl.maximum(x, 0.0) + 1e-6, P)
+    return integer_power(tl.maximum(x, 0.0) + 1e-6, P)
 
 
 @jit
 def _focusing_power_dx(x, phi, a, P: tl.constexpr):
     u = tl.maximum(x, 0.0) + 1e-6
-    return tl.where(u > 1e-6, _integer_power(u, P - 1) * P, 0.0)  # u and not x, whose signs would take registers
+    return tl.where(u > 1e-6, integer_power(u, P - 1) * P, 0.0)  # u and not x, whose signs would take registers
 
 
 # --- signed power (the Triton functions are of sign(x) |x|ᵃ; the kernels tell the signs apart) ------------------------

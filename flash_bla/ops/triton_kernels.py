@@ -313,10 +313,10 @@ def query_gradient_kernel(
 def key_gradient_kernel(
     k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
     rope_strides, cu_seqlens, state_ptr, d_state_ptr, mean_ptr, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr,
-    dv_strides, dwk_ptr, dwk_strides, d_mean_ptr, da_ptr, key_length, heads, scale,
+    dv_strides, dwk_ptr, dwk_strides, sums_ptr, da_ptr, key_length, heads, scale,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one split of the keys and values, and its sums for the gradient of the queries' mean."""
+    """The gradients of one split of the keys and values, and its sums: see ``differentiate_keys``."""
     wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
@@ -342,16 +342,16 @@ def key_gradient_kernel(
         query_mean, logarithm = _load_softmax(state_ptr, at, head, heads, C)
         rounded = d_plus.to(OPERAND).to(tl.float32)  # as the keys' gradients take it
         average = _by_head((tl.sum(plus * rounded, 0) + z_plus * dz_plus)[None, :], C)
-    d_mean = differentiate_keys(
+    sums = differentiate_keys(
         k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
         rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
         d_plus, dz_plus, mean, query_mean, logarithm, average, batch, head, heads, first, begin, end,
         count, scale, PHI, PHI_DX, OPERAND, PRECISION, C,
     )  # fmt: skip
-    if C.SOFTMAX:
+    if C.SOFTMAX or C.RATIOS:
         at = _split_at(sequence, heads, C) + head
         h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-        tl.store(d_mean_ptr + (at + h) * C.D + d, d_mean, mask=exists)
+        tl.store(sums_ptr + (at + h) * C.D + d, sums, mask=exists)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)

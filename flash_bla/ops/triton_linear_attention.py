@@ -25,9 +25,9 @@ from flash_bla.ops.triton_kernels import (
 from flash_bla.ops.triton_norm_ratios import (
     add_ratio_gradients,
     multiply,
-    norm_ratios,
     ratio_gradient_programs,
     split_ratios,
+    write_norm_ratios,
 )
 from flash_bla.ops.triton_problem import Problem, is_wide, with_strides
 from flash_bla.ops.triton_reductions import merge_states, reduce
@@ -112,7 +112,7 @@ def _start(record: Record, tensors: Sequence[Tensor | None], options: tuple) -> 
     if weight is not None:
         shared = weight.stride(1) == 0  # by the heads
         others[3] = multiply(record, weight[:, :1] if shared else weight).expand(weight.shape)
-    return Problem(record, *unpack(*inputs), *others, *options), inputs
+    return Problem(record, *unpack(*inputs), *others, *options, masked=weight is not None), inputs
 
 
 def record_forward(record: Record, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -123,11 +123,10 @@ def record_forward(record: Record, *arguments: Any) -> tuple[Tensor, Tensor | No
     """
     *tensors, options, keep_state = arguments
     p, _ = _start(record, tensors, options)
-    ratios = None
-    if p.feature_map == "focusing_power":
-        ratios = norm_ratios(record, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
-        p = p.with_ratios(ratios)
-    return *_record_output(record, p, keep_state), ratios
+    ratios = p.empty_ratios()
+    if ratios is not None and not p.sole_head:  # whose loops compute them
+        write_norm_ratios(record, ratios, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
+    return *_record_output(record, p.with_ratios(ratios), keep_state), ratios
 
 
 def _record_output(record: Record, p: Problem, keep_state: bool) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +177,9 @@ def record_gradients(
     if ratios is not None:
         dq, dk, _ = unpack(*gradients)
         dr, (_, key_ratios) = dwk, split_ratios(ratios, p.q, p.k)
-        if p.key_weight is not None and keys:
+        if p.sole_head:
+            dk = dr = None  # the loops have added that
+        elif p.key_weight is not None and keys:
             dr, dwk = multiply(record, dwk, p.key_weight), multiply(record, dwk, key_ratios.expand_as(dwk))
         add_ratio_gradients(record, dq, dk, da, dwq, dr, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
         dwk = None if p.key_weight is None else dwk
@@ -220,7 +221,9 @@ def _record_gradients(
     if parameter is not None:
         # rows of queries and keys or, if their terms all come by the ratios, of those
         rows = [query_splits * p.sequences, key_splits * p.sequences]
-        if focusing:
+        if p.sole_head:
+            rows = [p.sequences, rows[1] + ratio_gradient_programs(q, k, False, record.device)]
+        elif focusing:
             rows = [p.sequences, ratio_gradient_programs(q, k, keys, record.device)]
         da = p.new_empty(sum(rows), *parameter.shape)
         da_queries, da_keys = da[: rows[0]], da[rows[0] :]
@@ -238,10 +241,12 @@ def _record_gradients(
     d_state = p.empty_state(query_splits) if keys or signed else None
     arguments |= dict(
         state_ptr=state, d_state_ptr=d_state, da_ptr=da_queries,
-        mean_ptr=p.new_empty(p.sequences, q.shape[1], v.shape[3]), d_mean_ptr=None, splits=key_splits,
+        mean_ptr=p.new_empty(p.sequences, q.shape[1], v.shape[3]), d_mean_ptr=None, sums_ptr=None, splits=key_splits,
     )  # fmt: skip
     if p.softmax:
-        arguments["d_mean_ptr"] = p.new_empty(key_splits, *q.shape[:2], q.shape[3])
+        arguments["d_mean_ptr"] = arguments["sums_ptr"] = p.new_empty(key_splits, *q.shape[:2], q.shape[3])
+    if p.sole_head:
+        arguments["sums_ptr"] = da_keys
     if signed:
         arguments |= _row_numbers(p)
         _launch(signed_sum_kernel, p, arguments, query_splits)

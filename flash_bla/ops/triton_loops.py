@@ -19,6 +19,8 @@ from flash_bla.ops.triton_tiles import (
     _load_weight,
     _mask_heads,
     _next,
+    _norm_ratio,
+    _norm_ratio_gradient,
     _start,
     _store_weight,
     _sum_eighths,
@@ -75,7 +77,11 @@ def sum_keys(
             e_ptr = _next(e_ptr, e_strides, C)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         phi = PHI(k, a, C.EXPONENT)
-        if C.KEY_WEIGHT:
+        if C.RATIOS:
+            ratio = _norm_ratio(k, a, C)[0]
+            _store_weight(wk_ptr, wk_strides, head, heads, inside, ratio, C)
+            phi *= tl.where(inside[:, None], ratio, 0.0)
+        elif C.KEY_WEIGHT:
             phi *= _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
         if C.SOFTMAX:  # sums so far are of exponentials of less a maximum that may have grown
             scores = tl.where(inside[:, None], _by_head(phi * mean, C), float("-inf"))
@@ -135,7 +141,8 @@ def write_output(
         qd_ptr, qd_tile = _tile(qd_ptr, qd_strides, batch, head, first + begin, h, d, C)
     if C.QUERY_WEIGHT:
         wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
-        w = _load_weight(wq_ptr, wq_strides, head, heads, begin + tl.arange(0, C.BLOCK_N) < end, 1.0, C)
+        if not C.RATIOS:
+            w = _load_weight(wq_ptr, wq_strides, head, heads, begin + tl.arange(0, C.BLOCK_N) < end, 1.0, C)
     if C.ROPE:
         rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
@@ -155,6 +162,9 @@ def write_output(
             q = _to_product_layout(q, identity, OPERAND)
         phi = PHI(q.to(tl.float32), a, C.EXPONENT)
         least = eps
+        if C.RATIOS:
+            w = _norm_ratio(q, a, C)[0]
+            _store_weight(wq_ptr, wq_strides, head, heads, inside, w, C)
         if C.QUERY_WEIGHT:
             if C.NORMALIZE:
                 least = eps / w
@@ -162,7 +172,8 @@ def write_output(
                 phi *= _to_columns(w, C)
             # the next tile's: by itself, the compiler loads ahead only what products take
             wq_ptr = _next(wq_ptr, wq_strides, C)
-            w = _load_weight(wq_ptr, wq_strides, head, heads, n + C.BLOCK_N < end, 1.0, C)
+            if not C.RATIOS:
+                w = _load_weight(wq_ptr, wq_strides, head, heads, n + C.BLOCK_N < end, 1.0, C)
         turned = phi
         if C.ROPE:
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
@@ -314,10 +325,11 @@ def differentiate_keys(
     count, scale,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradients of keys and values, and returns that of the queries' mean.
+    """Writes the gradients of keys and values, and returns sums over the rows (BLOCK_D).
 
-    The latter belongs to ``SOFTMAX``, as do the mean itself and the exponentials' logarithm (see ``sum_keys``), and the
-    average of the weights' gradients.
+    With ``SOFTMAX`` they are the gradient of the queries' mean; to it also belong the mean itself, the exponentials'
+    logarithm (see ``sum_keys``) and the average of the weights' gradients. With ``RATIOS`` they are the gradient of the
+    scale as far as it comes by the keys' norm ratios.
     """
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
@@ -348,7 +360,7 @@ def differentiate_keys(
     d_plus = d_plus.to(OPERAND)
     # (v - m) dSᵀ = v dSᵀ - m dSᵀ with the same rounded dS: the mean cancels although v enters the product as it is
     dz_plus = ((dz_plus - tl.sum(mean[:, None] * d_plus.to(tl.float32), 0)) * one)[None, :]
-    d_mean = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
+    sums = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
     for start in range(begin, end, C.BLOCK_N):
         n = start + tl.arange(0, C.BLOCK_N)
@@ -386,14 +398,21 @@ def differentiate_keys(
             d_phi += dz_plus
             if C.SOFTMAX:
                 dw += dz_plus * (phi * w)
-        if C.KEY_WEIGHT:
+        if C.RATIOS:
+            d_phi *= w
+            _, u, inverse_norm, powers = _norm_ratio(k, a, C)
+            du = _norm_ratio_gradient(u, inverse_norm, powers, _by_head(d_phi * phi, C), C)
+            sums -= _by_eighth(du * u, C)
+        elif C.KEY_WEIGHT:
             _store_weight(dwk_ptr, dwk_strides, head, heads, inside, _by_head(d_phi * phi, C), C)
             d_phi *= w
         if C.SOFTMAX:
             ds = _to_columns(_by_head(dw, C), C) - w * _to_columns(average, C)
-            d_mean += _by_eighth(ds * phi, C)
+            sums += _by_eighth(ds * phi, C)
             d_phi = d_phi * w + ds * (query_mean * 0.6931471805599453)
         dk = d_phi * PHI_DX(k, phi, a, C.EXPONENT)
+        if C.RATIOS:
+            dk += tl.where(k > 0.0, du * (1.0 / a), 0.0)
         tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=mask)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
@@ -402,4 +421,6 @@ def differentiate_keys(
         if C.KEY_WEIGHT:
             wk_ptr, dwk_ptr = _next(wk_ptr, wk_strides, C), _next(dwk_ptr, dwk_strides, C)
 
-    return _sum_eighths(d_mean)
+    if C.RATIOS:
+        sums *= 1.0 / a
+    return _sum_eighths(sums)

@@ -6,6 +6,7 @@ in which nothing overflows, r = n^((1 - p) / 2) / (Σ sᵖ)^½ and
     dr/du = r / n · u · (1 - p s^(p - 1) / Σ sᵖ)
 
 Where there is a denominator, the queries' ratio cancels but for ε, and its gradient is zero in half precision, mostly.
+A token's only head has all channels in its own loops, which compute the ratios, and the keys' gradients by them, there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_bla.ops.feature_maps import integer_power
 from flash_bla.ops.triton_support import (
     NOT_SPECIALIZED,
     Record,
@@ -35,14 +37,6 @@ from flash_bla.ops.triton_support import (
 @jit
 def _zeros(rows: tl.constexpr, columns: tl.constexpr):
     return tl.zeros((rows, columns), tl.float32)
-
-
-@jit
-def _power(x, P: tl.constexpr):
-    power = 1.0
-    for _ in tl.static_range(P):
-        power = power * x
-    return power
 
 
 @jit
@@ -96,7 +90,7 @@ def _load_u(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, W: tl.con
     inverse_n = inverse_norm * inverse_norm
     powers = _zeros(W.BLOCK_N, W.BLOCK_C)
     for part in tl.static_range(PARTS):
-        powers += _power(u[part] * u[part] * inverse_n[:, None], W.P)
+        powers += integer_power(u[part] * u[part] * inverse_n[:, None], W.P)
     return u, inverse_norm, tl.sum(powers, 1)
 
 
@@ -108,7 +102,7 @@ def _start(pointer, strides, row):
 @jit
 def _write_ratios(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, ratio_ptr, written, W: tl.constexpr):
     _, inverse_norm, powers = _load_u(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, W)
-    ratio = _power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
+    ratio = integer_power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
     tl.store(ratio_ptr + tl.arange(0, W.BLOCK_N), ratio, mask=written)
 
 
@@ -197,14 +191,14 @@ def _add_gradients(
             u, inverse_norm, powers = _load_u(x_rows, offsets, e_rows, e_offsets, inside, inverses, least, W)
             inverse_n = inverse_norm * inverse_norm
             if not LOG:
-                dr *= _power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
+                dr *= integer_power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
             g = dr * inverse_n
             weight = (g * (W.P / powers))[:, None]
             g = g[:, None]
             sums = ()
             for part in tl.static_range(PARTS):
                 y = u[part]
-                du = (g - weight * _power(y * y * inverse_n[:, None], W.P - 1)) * y
+                du = (g - weight * integer_power(y * y * inverse_n[:, None], W.P - 1)) * y
                 mask = _mask(inside, part, W)
                 pointers = dx_ptr + at * dx_strides[2] + dx_offsets[part]
                 gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
@@ -324,23 +318,20 @@ def multiply(record: Record, x: Tensor, y: Tensor | None = None) -> Tensor:
     return product
 
 
-def norm_ratios(
-    record: Record, q: Tensor, k: Tensor, encoding: Tensor | None, scale: Tensor, exponent: int
-) -> Tensor:  # fmt: skip
+def write_norm_ratios(
+    record: Record, ratios: Tensor, q: Tensor, k: Tensor, encoding: Tensor | None, scale: Tensor, exponent: int
+) -> None:  # fmt: skip
     """‖u‖ / ‖uᵖ‖ with u = (max(x, 0) + 1e-6) / scale, over all heads and channels of a token.
 
     Args:
         record: Of the launch.
+        ratios: Float32, see ``ratios_shape``: they are written here.
         q: ``(B, H, N, D)``, float16, bfloat16 or float32.
         k: ``(B, H, M, D)`` of the same type.
         encoding: ``(H, M, D)`` or None, what is added to the keys.
         scale: Positive, float32, ``(H, D)``.
         exponent: p.
-
-    Returns:
-        Float32, see ``ratios_shape``.
     """
-    ratios = record.new_empty(ratios_shape(q, k), torch.float32)
     W = _width(q, _are_packed(q, k, encoding), exponent)
     arguments = dict(
         q_ptr=q, q_strides=q.stride(), k_ptr=k, k_strides=k.stride(), e_ptr=encoding,
@@ -349,7 +340,6 @@ def norm_ratios(
     )  # fmt: skip
     grid = _programs(q, max(q.shape[2], k.shape[2]), W, 6, record.device)
     record.launch(norm_ratio_kernel, grid, arguments)
-    return ratios
 
 
 def ratio_gradient_programs(q: Tensor, k: Tensor, keys: bool, device: torch.device) -> int:
@@ -379,7 +369,7 @@ def add_ratio_gradients(
         q: ``(B, H, N, D)``.
         k: ``(B, H, M, D)``.
         encoding: ``(H, M, D)`` or None.
-        scale: As in ``norm_ratios``.
+        scale: As in ``write_norm_ratios``.
         exponent: p.
     """
     grid = _gradient_grid(q, k, dk is not None, record.device)

@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     eps: float
     softmax: bool
     query_weight: Tensor | None = None
+    masked: bool = False  # the keys have weights besides norm ratios
 
     @property
     def signs(self) -> int:
@@ -66,6 +67,14 @@ class Problem(NamedTuple):
         return (
             self.sums_keys_again and self.longest <= 64 and max(self.q.shape[3], self.v.shape[3]) <= 64
             and self.q.dtype == torch.bfloat16 and self.normalize and self.q_denominator is None
+        )  # fmt: skip
+
+    @property
+    def sole_head(self) -> bool:
+        """Whether a head has all that its token's norm ratio is of, so that the loops can compute it."""
+        return (
+            self.feature_map == "focusing_power" and self.q.shape[1] == 1 and not self.masked
+            and not self.sums_keys_again and max(self.q.shape[3], self.v.shape[3]) <= 64
         )  # fmt: skip
 
     @property
@@ -133,7 +142,7 @@ class Problem(NamedTuple):
             self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None, self.softmax,
             self.cu_seqlens is not None, self.scale is None,
             self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
-            any(is_wide(x) for x in (self.q, self.k, self.v)), self.align, self.plain,
+            any(is_wide(x) for x in (self.q, self.k, self.v)), self.align, self.sole_head, self.plain,
         )  # fmt: skip
         return plan(kernel, D, self.v.shape[3], H, self.q.dtype, is_hopper(self.record.device), flags)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flash_bla.ops.feature_maps import integer_power
 from flash_bla.ops.triton_support import INTERPRETING, jit, tl
 
 
@@ -34,6 +35,7 @@ class Config(NamedTuple):
     FEW: bool  # keys: z sums rounded features
     WIDE: bool  # tiles that span 2³¹ elements and more
     ALIGN: int  # divides all strides but the columns'
+    RATIOS: bool  # the loops compute the norm ratios, and the keys' gradient by them
     PLAIN: bool  # the loops of triton_plain.py do all that is asked for
 
 
@@ -290,6 +292,24 @@ def _times_factor(state, z, factor, C: tl.constexpr):
         return state * factor, z * tl.reshape(factor, C.BLOCK_D)
     else:
         return state, z
+
+
+@jit
+def _norm_ratio(x, a, C: tl.constexpr):
+    """The norm ratio of each row, and what its gradient needs: u, n^-½ and Σ sᵖ (see triton_norm_ratios.py)."""
+    u = (tl.maximum(x, 0.0) + 1e-6) * (1.0 / a)
+    inverse_norm = tl.rsqrt(tl.sum(u * u, 1)[:, None])
+    s = u * u * (inverse_norm * inverse_norm)
+    powers = tl.sum(integer_power(s, C.EXPONENT), 1)[:, None]
+    return integer_power(inverse_norm, C.EXPONENT - 1) * tl.rsqrt(powers), u, inverse_norm, powers
+
+
+@jit
+def _norm_ratio_gradient(u, inverse_norm, powers, d_log_ratio, C: tl.constexpr):
+    """du from the gradient of the ratio's logarithm."""
+    inverse_n = inverse_norm * inverse_norm
+    g = d_log_ratio * inverse_n
+    return (g - g * (C.EXPONENT / powers) * integer_power(u * u * inverse_n, C.EXPONENT - 1)) * u
 
 
 @jit

@@ -49,6 +49,7 @@ VARIANTS = {
     "rope, weight": dict(feature_map="elu1", rope=True, weight=True),
     "softmax": dict(feature_map="elu1", rope=True, softmax=True),
     "focusing": dict(feature_map="focusing_power", exponent=3, parameter=True, encoding=True),
+    "focusing, one head": dict(feature_map="focusing_power", exponent=3, parameter=True, encoding=True, heads=1),
     "signed": dict(feature_map="signed_power", parameter=True, encoding=True),
     "decoupled": dict(feature_map="identity", decoupled=True),
 }
@@ -59,8 +60,8 @@ OF_ONE_TARGET = ("unnormalized", "relu", "rope", "softmax", "focusing", "decoupl
 
 def linear(variant, dtype, D, N):
     """Forward and backward pass of linear attention."""
-    B, H = 2, 3
     variant = dict(variant)
+    B, H = 2, variant.pop("heads", 3)
     x = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     decoupled = x(B, H, N, D, dtype=dtype) if variant.pop("decoupled", False) else None
     half = torch.float16 if dtype == torch.bfloat16 else torch.float32
@@ -186,6 +187,8 @@ def main(targets):
         ("rope", torch.bfloat16, 32, 100),
         ("focusing", torch.bfloat16, 64, 50),
         ("focusing", torch.bfloat16, 64, 200),
+        ("focusing, one head", torch.float16, 64, 5000),
+        ("focusing, one head", torch.float32, 64, 5000),
         ("rope, weight", torch.bfloat16, 128, 5000),
         ("rope, weight", torch.bfloat16, 256, 20),
     ]

@@ -19,25 +19,27 @@ def both(variant, inputs, **options):
     )
 
 
-# several parts of a token's channels, odd heads, more heads than a tile holds
-@pytest.mark.parametrize("H, D", [(3, 32), (5, 64), (7, 16), (6, 128)], ids=str)
+# one head, whose loops compute the norms, several parts of a token's channels, odd heads, more heads than a tile holds
+@pytest.mark.parametrize("H, D", [(1, 24), (3, 32), (5, 64), (7, 16), (6, 128)], ids=str)
 def test_norms_run_over_all_heads(H, D):
     inputs = make_inputs((2, H, 70, 70, D, D), FOCUSING, torch.bfloat16)
     assert_close(*both(FOCUSING, inputs), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_norms_without_denominator(normalize):
+@pytest.mark.parametrize("H", [1, 3])
+def test_norms_without_denominator(normalize, H):
     """Without one the queries' ratio does not cancel."""
-    inputs = make_inputs((1, 3, 40, 40, 24, 24), FOCUSING, torch.bfloat16)
+    inputs = make_inputs((1, H, 40, 70, 24, 24), FOCUSING, torch.bfloat16)
     assert_close(*both(FOCUSING, inputs, normalize=normalize), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("exponent", [1, 2, 5])
-def test_other_exponents(exponent):
+@pytest.mark.parametrize("H", [1, 2])
+def test_other_exponents(exponent, H):
     generator = torch.Generator().manual_seed(0)
-    q, k, v, do = torch.randn(4, 1, 2, 20, 24, generator=generator)
-    scale = 0.5 + torch.rand(2, 24, generator=generator)
+    q, k, v, do = torch.randn(4, 1, H, 50, 24, generator=generator)
+    scale = 0.5 + torch.rand(H, 24, generator=generator)
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (q, k, v, scale)]
@@ -48,19 +50,21 @@ def test_other_exponents(exponent):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_extreme_tokens(dtype):
+@pytest.mark.parametrize("H, N", [(2, 64), (1, 80)])
+def test_extreme_tokens(dtype, H, N):
     """Tokens without a positive channel, in one head or in all, tiny and huge ones, and scales of many sizes."""
-    leaves, _, do = make_inputs((1, 2, 64, 64, 16, 16), FOCUSING, torch.float32)
-    size = torch.tensor([1.0, 1e-3, 1.0, 1e3]).repeat(16)[:, None]
+    leaves, _, do = make_inputs((1, H, N, N, 16, 16), FOCUSING, torch.float32)
+    size = torch.tensor([1.0, 1e-3, 1.0, 1e3]).repeat(N // 4)[:, None]
     for name in "qk":
         leaves[name] = leaves[name] * size
         leaves[name][:, :, 2::8] = -leaves[name][:, :, 2::8].abs()
         leaves[name][:, 0, 3::8] = -leaves[name][:, 0, 3::8].abs()
     leaves = {name: x if name == "parameter" else x.to(dtype) for name, x in leaves.items()}
-    leaves["parameter"] = torch.logspace(-1, 1, 32).view(2, 16)
+    leaves["parameter"] = torch.logspace(-1, 1, 16 * H).view(H, 16)
     got, expected = both(FOCUSING, (leaves, None, do.to(dtype)))
     torch.testing.assert_close(got["o"].double(), expected["o"], rtol=0, atol=4 * TOLERANCE[dtype])
-    assert all(x.isfinite().all() for x in got.values())
+    largest = torch.finfo(dtype).max
+    assert all((x.isfinite() | (expected[name].abs() > largest)).all() for name, x in got.items())
     assert got["dq"][:, :, 2::8].abs().max() == 0  # there relu has slope 0
 
 
@@ -76,16 +80,18 @@ def test_softmax_of_extreme_scores(dtype):
 
 
 @pytest.mark.parametrize("variant", [FOCUSING, SOFTMAX], ids=["focusing", "softmax"])
-def test_two_runs_agree_bit_for_bit(variant):
-    inputs = make_inputs((1, 3, 270, 270, 16, 16), variant, torch.bfloat16)
+@pytest.mark.parametrize("H", [1, 3])
+def test_two_runs_agree_bit_for_bit(variant, H):
+    inputs = make_inputs((1, H, 270, 270, 16, 16), variant, torch.bfloat16)
     first, second = (forward_backward(linear_attention, variant, inputs, backend="triton") for _ in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("variant", [FOCUSING, SOFTMAX], ids=["focusing", "softmax"])
 @pytest.mark.parametrize("trained", ["q", "k", "v"])
-def test_frozen_inputs_do_not_change_the_other_gradients(variant, trained):
-    leaves, rope, do = make_inputs((1, 2, 40, 40, 16, 16), variant, torch.float32)
+@pytest.mark.parametrize("H", [1, 2])
+def test_frozen_inputs_do_not_change_the_other_gradients(variant, trained, H):
+    leaves, rope, do = make_inputs((1, H, 40, 40, 16, 16), variant, torch.float32)
     expected = forward_backward(linear_attention, variant, (leaves, rope, do), backend="triton")
     leaves = {name: x.to(DEVICE).requires_grad_(name == trained) for name, x in leaves.items()}
     phi = focusing_power(leaves["parameter"]) if "parameter" in leaves else "elu1"
