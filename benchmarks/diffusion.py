@@ -16,7 +16,7 @@ measured as PyTorch chooses its kernel and with flash attention and cuDNN each (
 cuDNN); what counts is the fastest.
 
 Rows go to OUTPUT/diffusion.csv, where they replace older ones of the same key; the table (diffusion.md) and the plot
-beside it are made from that file alone.
+beside it are made from that file alone, of the device that was measured last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import timing
-from benchmarks.results import markdown, measured_on, merge_rows, read_rows
+from benchmarks.results import markdown, measured_on, merge_rows, of_latest_device, read_rows
 from flash_bla import linear_attention, piecewise_sparse_attention
 from flash_bla.layers import GeneralizedLinearAttention
 from flash_bla.ops.arguments import merge_heads, split_heads
@@ -49,7 +49,7 @@ CHECKED_TOKENS = 1000
 
 COLUMNS = ("part", "tokens", "method", "dtype", "direction", "time_us", "memory_mb", "kernel", "device", "torch",
            "triton", "timm", "date")  # fmt: skip
-KEY = ("part", "tokens", "method", "dtype", "direction")
+KEY = ("part", "tokens", "method", "dtype", "direction", "device")
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 
@@ -352,7 +352,7 @@ def draw(rows: Rows) -> Figure:
 
 def write_report(output: Path) -> None:
     """The table and plot of OUTPUT/diffusion.csv."""
-    rows = read_rows(output / "diffusion.csv")
+    rows = of_latest_device(read_rows(output / "diffusion.csv"))
     if not rows:
         sys.exit(f"error: there is nothing in {output / 'diffusion.csv'}")
     (output / "diffusion.md").write_text(tables(rows), encoding="utf-8")

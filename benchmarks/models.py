@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 import flash_bla  # noqa: F401  registers its models
 from benchmarks import timing
-from benchmarks.results import markdown, measured_on, merge_rows, read_rows
+from benchmarks.results import markdown, measured_on, merge_rows, of_latest_device, read_rows
 
 # Models to compare with each other; the last one of each group is timm's.
 GROUPS = {
@@ -306,7 +306,7 @@ def write_report(output: Path) -> None:
     if not rows:
         sys.exit(f"error: there is nothing in {output / 'models.csv'}")
     (output / "models.md").write_text(tables(rows), encoding="utf-8")
-    rows = [row for row in rows if row["device"] == rows[-1]["device"]]  # the last one measured
+    rows = of_latest_device(rows)
     for mode in MODES:
         if any(row["mode"] == mode and row["images_s"] for row in rows):
             draw(rows, mode).savefig(output / f"models_{mode}.png", dpi=150)

@@ -14,7 +14,7 @@ measures, forward and backward, for each operator and shape:
 
 q, k and v are views of one projection's output (B, N, 3, H, D), as in models, and the output's gradient is laid out as
 (B, N, H, D). Rows go to OUTPUT/operators.csv, where they replace older ones of the same key; the tables
-(operators.md) and plots beside it are made from that file alone.
+(operators.md) and plots beside it are made from that file alone, of the device that was measured last.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from benchmarks import timing
-from benchmarks.results import markdown, measured_on, merge_rows, read_rows
+from benchmarks.results import markdown, measured_on, merge_rows, of_latest_device, read_rows
 from flash_bla import linear_attention, simple_la, varlen_linear_attention
 from flash_bla.layers.rope import axial_rope
 from flash_bla.ops import focusing_power, signed_power
@@ -51,7 +51,7 @@ COLUMNS = (
     "percent_of_roofline", "host_us", "first_call_ms", "extra_mb", "copy_tb_s", "device", "torch", "triton", "timm",
     "date",
 )  # fmt: skip
-KEY = ("op", "shape", "direction", "backend", "layout", "dtype")
+KEY = ("op", "shape", "direction", "backend", "layout", "dtype", "device")
 
 # --- shapes: (B, H, N, D) ---------------------------------------------------------------------------------------------
 
@@ -425,7 +425,7 @@ def draw_roofline(rows: list[dict[str, str]]) -> Figure:
 
 def write_report(output: Path) -> None:
     """The tables and plots of OUTPUT/operators.csv."""
-    rows = read_rows(output / "operators.csv")
+    rows = of_latest_device(read_rows(output / "operators.csv"))
     if not rows:
         sys.exit(f"error: there is nothing in {output / 'operators.csv'}")
     (output / "operators.md").write_text(tables(rows), encoding="utf-8")

@@ -52,6 +52,12 @@ def measured_on(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
+def of_latest_device(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of the device that was measured last, for tables that have no place to tell devices apart."""
+    latest = max(reversed(rows), key=lambda row: row["date"], default=None)
+    return [row for row in rows if row["device"] == latest["device"]]
+
+
 def _text(value: object) -> str:
     """Five digits are more than a measurement has; nothing for what could not be measured."""
     if value is None or value != value:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import results, timing
+from benchmarks import depthwise_conv, diffusion, models, operators, results, timing
 
 CUDA = torch.device("cuda")
 L2 = 60 * 2**20
@@ -69,6 +69,20 @@ def test_rows_replace_those_of_the_same_key(tmp_path):
                                                      {"name": "a", "size": 2, "value": 7}])  # fmt: skip
     assert path.read_text() == 'name,size,value,note\na,1,0.012346,"x, y"\nb,1,,\na,2,7,\n'
     assert merged == results.read_rows(path)
+
+
+@pytest.mark.parametrize("benchmark", [depthwise_conv, diffusion, models, operators])
+def test_rows_of_another_device_stay(benchmark, tmp_path):
+    def measure(device: str, date: str) -> list[str]:
+        row = {name: "x" for name in benchmark.COLUMNS} | {"device": device, "date": date}
+        rows = results.merge_rows(tmp_path / "rows.csv", benchmark.COLUMNS, benchmark.KEY, [row])
+        assert {row["device"] for row in results.of_latest_device(rows)} == {device}  # what is shown
+        return [row["device"] for row in rows]
+
+    assert measure("H200", "2026-11-20") == ["H200"]
+    assert measure("laptop", "2026-11-21") == ["H200", "laptop"]
+    assert measure("H200", "2026-11-22") == ["H200", "laptop"]
+    assert results.of_latest_device([]) == []
 
 
 def test_a_sentence_for_each_machine():
