@@ -54,6 +54,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = Path(__file__).parent / "cifar10_recipes"
 ATTENTIONS = ("linear", "focused", "pola", "mlla", "rala", "softmax")
 MODEL = {"embed_dim": 256, "depth": 7, "num_heads": 4, "conv_stem": True}
+OWN = {"--seed": "--seeds", "--recipe": "--recipes", "--config": "--attentions", "--model": "--attentions"}
 STOPPED = 75  # train.py was asked to
 TAIL = 20  # lines of the log of a run that failed
 # Column of the table: what it shows of a row.
@@ -124,6 +125,15 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
     Raises:
         RunError: Flags are not valid, a model cannot be built, or the output folder holds runs of other models.
     """
+    for flag in passed_on:
+        if (name := flag.partition("=")[0]) in OWN:
+            raise RunError(f"{name}: is set here for each run, give {OWN[name]}")
+    recipes = {}
+    for recipe in dict.fromkeys(args.recipes):
+        name = Path(recipe).stem
+        if name in recipes:
+            raise RunError(f"--recipes: {recipes[name]} and {recipe} would share a folder, since both are {name!r}")
+        recipes[name] = recipe
     runs = []
     for attention in dict.fromkeys(args.attentions):
         content = load_yaml(config_path("examples/pola_vit_tiny_cifar10"))
@@ -133,8 +143,7 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
             raise RunError(f"{path} is of another model; choose another --output")
         args.output.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        for recipe, seed in itertools.product(dict.fromkeys(args.recipes), dict.fromkeys(args.seeds)):
-            name = Path(recipe).stem
+        for (name, recipe), seed in itertools.product(recipes.items(), dict.fromkeys(args.seeds)):
             folder = args.output / f"{name}-{attention}-seed{seed}"
             flags = ["--config", str(path), "--recipe", recipe, "--data-dir", str(args.data_dir), "--seed", str(seed)]
             flags = [*passed_on, *flags, "--output", str(folder)]

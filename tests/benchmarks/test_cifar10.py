@@ -82,6 +82,12 @@ def test_runs_table_and_plot(data, tmp_path, monkeypatch, capsys):
         benchmark("pola", flags=["--batch-size", "10"])
     with pytest.raises(RunError, match="no attention is called 'polar'"):
         benchmark("pola", "polar")
+    for flag in ("--seed", "--recipe", "--config", "--model"):
+        for given in ([flag, "7"], [f"{flag}=7"]):
+            with pytest.raises(RunError, match=f"{flag}: is set here for each run, give --[a-z]+s$"):
+                benchmark("pola", flags=given)
+    with pytest.raises(RunError, match="--recipes: a/muon.yaml and b/muon.yaml would share a folder"):
+        benchmark("pola", flags=["--recipes", "a/muon.yaml", "b/muon.yaml"])
     with pytest.raises(RunError, match=r"pola_conv_vit_tiny_cifar10.yaml is of another model"):
         (output / "pola_conv_vit_tiny_cifar10.yaml").write_text("family: vit")
         benchmark("pola")
