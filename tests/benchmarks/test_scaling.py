@@ -12,6 +12,13 @@ TINY = "--pictures 64 --size 32 --batch-size 8 --epochs 3 --workers 0 --device c
 TINY += ["--model-kwargs", "embed_dim=8", "depths=[1, 1, 1, 1]", "num_heads=[1, 1, 2, 2]"]
 
 
+@pytest.mark.parametrize(("speeds", "median"), [(["5"], 5.0), (["5", "8"], 8.0), (["5", "", "8", "9"], 8.5)])
+def test_the_first_epoch_counts_where_it_is_alone(speeds, median):
+    rows = [{"epoch": str(i), "images_per_second": speed, "train_loss": "2"} for i, speed in enumerate(speeds, 1)]
+    (row,) = scaling.table({4: rows})
+    assert (row["images_per_second"], row["ratio"]) == (median, 1.0)
+
+
 def test_two_processes_and_one(tmp_path, capfd):
     flags = ["--processes", "1", "2", "--output", str(tmp_path), *TINY]
     one, two = scaling.main(flags)
