@@ -15,7 +15,7 @@ import argparse
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -106,12 +106,14 @@ def device_speed(config: TrainConfig, side: int, batch: int) -> float:
     return calls * batch / seconds
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--recipe", default="imagenet")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.images < BATCH:
+        parser.error(f"--images: at least one batch of {BATCH}, got {args.images}")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
