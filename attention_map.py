@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from PIL import Image
 from timm.data import create_transform
 
 from eval import load_model
 from flash_bla.engine.checkpoint import write_atomically
 from flash_bla.engine.config import EvalConfig, RunError
+from flash_bla.engine.images import read_picture
 from flash_bla.engine.pictures import AttentionMap, attention_map, draw_attention, pixels
 from flash_bla.engine.processes import start_processes
 
@@ -64,10 +64,7 @@ def main(argv: list[str] | None = None) -> AttentionMap:
         data["input_size"], interpolation=data["interpolation"], mean=data["mean"], std=data["std"],
         crop_pct=data["crop_pct"], crop_mode=data["crop_mode"],
     )  # fmt: skip
-    try:
-        image = transform(Image.open(args.image).convert(data["mode"]))[None]
-    except Exception as error:  # decoders raise whatever a damaged file leads them to
-        raise RunError(f"cannot read {args.image}: {error}") from error
+    image = transform(read_picture(args.image, data["mode"]))[None]
 
     layer = int(args.layer) if args.layer.lstrip("-").isdigit() else args.layer
     token = args.token and (tuple(args.token) if len(args.token) == 2 else args.token[0])

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import nn
 from tqdm import tqdm
@@ -36,6 +35,7 @@ from flash_bla.engine.comparison import compare
 from flash_bla.engine.config import EvalConfig, RunError, parse_eval
 from flash_bla.engine.data import ToDevice, check_classes, class_names_of, eval_loader, open_dataset, resolve_data
 from flash_bla.engine.evaluation import autocast, evaluate, throughput
+from flash_bla.engine.images import read_picture
 from flash_bla.engine.logs import csv_text
 from flash_bla.engine.model import create_model, rebuild_model
 from flash_bla.engine.processes import Processes, start_processes
@@ -164,10 +164,7 @@ def classify_images(config: EvalConfig, processes: Processes) -> dict[str, list[
     )  # fmt: skip
     answers = {}
     for file in config.image:
-        try:
-            image = transform(Image.open(file).convert(data["mode"]))
-        except Exception as error:  # decoders raise whatever a damaged file leads them to
-            raise RunError(f"cannot read {file}: {error}") from error
+        image = transform(read_picture(file, data["mode"]))
         with autocast(processes.device, config.precision):
             logits = model(image[None].to(processes.device))
         best = logits.float().softmax(dim=1).topk(min(5, logits.shape[1]))

@@ -12,6 +12,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,17 @@ from timm.data import Mixup, auto_augment, create_dataset, create_transform
 from timm.data.dataset_factory import _search_split
 from timm.data.random_erasing import RandomErasing
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 
 from flash_bla.engine.augment import KeyedImages, KeyedTransform, image_keys
 from flash_bla.engine.config import CommonConfig, RunError, TrainConfig
 from flash_bla.engine.erasing import ErasedImages, ErasingTransform
+from flash_bla.engine.images import in_mode
 from flash_bla.engine.loaders import EvalStream, Item, Loader, StreamLoader, TrainStream, loader_options
 from flash_bla.engine.logs import warn
 from flash_bla.engine.processes import Processes, mixed_seed, seed_host
@@ -77,18 +82,18 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
     Args:
         config: The settings.
         training: The training split, else the one to evaluate on.
-        class_names: The classes by index, as the model knows them: a folder then takes these indices, whatever other
-            folders are there. None numbers the folders in their natural order.
+        class_names: The classes by index, as the model knows them: folders take these indices, and another data set
+            with other names is a warning. None numbers the folders in their natural order.
         reading: Further arguments for timm's readers of streams (`batch_size`, `seed`).
 
     Raises:
-        RunError: There is no such data set, folder or split, or a class has no image.
+        RunError: There is no such data set, folder or split, a class has no image, or a folder is none of the classes.
     """
     split = config.train_split if training else config.val_split
     if config.dataset == "digits":
         if config.data_dir is not None:
             raise RunError(f"data_dir: the digits are embedded; dataset 'folder' reads {config.data_dir}")
-        return Digits(training)
+        return _numbered(Digits(training), class_names, config.dataset)
     name = "" if config.dataset == "folder" else config.dataset
     if not name or name.startswith("torch/"):
         if config.data_dir is None:
@@ -100,20 +105,24 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
             f"dataset: {name!r} is neither 'folder' nor 'digits' nor a name of timm's factory "
             "(torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/NAME)"
         )
-    class_map = {label: index for index, label in enumerate(class_names)} if class_names and not name else None
     root = config.data_dir if name else _tar_of(config.data_dir, split) or config.data_dir
+    labels = None if name else class_names
     if not name and os.path.isdir(root):
-        _check_folder(root, _search_split(root, split), split, class_names)
+        found = _check_folder(root, _search_split(root, split), split, class_names)
+        labels = class_names or sorted(sorted(found), key=natural_key)  # for which "a" and "A" are the same
+    class_map = {label: index for index, label in enumerate(labels)} if labels else None
+    reading = reading if name.startswith(("tfds/", "wds/", "hfids/")) else {}
+    if name.startswith(("wds/", "hfids/")):
+        reading["input_img_mode"] = ""  # as the file has it, for `in_mode`
     try:
         dataset = create_dataset(
-            name, root=root, split=split, class_map=class_map, is_training=training,
-            download=config.download, **(reading if name.startswith(("tfds/", "wds/", "hfids/")) else {}),
-        )  # fmt: skip
+            name, root=root, split=split, class_map=class_map, is_training=training, download=config.download, **reading
+        )
     except (RuntimeError, AssertionError, ImportError, OSError, ValueError, tarfile.TarError) as error:
         raise RunError(f"the data set {config.dataset!r} in {root} cannot be read: {error}") from error
     if not name and os.path.isfile(root):
-        _check_tar(root)
-    return dataset
+        _check_tar(root, class_names_of(dataset))
+    return _numbered(dataset, class_names, config.dataset)
 
 
 def _tar_of(root: str, split: str) -> str | None:
@@ -123,16 +132,63 @@ def _tar_of(root: str, split: str) -> str | None:
     return next((f"{path}.tar" for path in paths if os.path.isfile(f"{path}.tar") and not os.path.isdir(path)), None)
 
 
-def _check_tar(path: str) -> None:
-    """Refuses a file that was cut off between two of its members, which reads as if it had no more of them."""
+def _check_tar(path: str, labels: Sequence[str]) -> None:
+    """Refuses a file that was cut off between two of its members, which reads as if it had no more of them.
+
+    And one with images in hidden folders, which would be classes.
+    """
+    if hidden := [label for label in labels if label.startswith(".")]:
+        raise RunError(f"{path} holds images in the folder {hidden[0]!r}, which would be a class: leave it out")
     with open(path, "rb") as file:
         file.seek(-min(1024, os.path.getsize(path)), os.SEEK_END)
         if any(file.read()):  # two blocks of zeros
             raise RunError(f"{path} does not end as a tar file does: it was cut short")
 
 
-def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str] | None) -> None:
-    """Refuses a folder that timm would read in another way than the user means; warns of pictures left out."""
+def _numbered(dataset: Any, class_names: Sequence[str] | None, name: str) -> Any:
+    """Gives the classes of folders the indices of the model's, and leaves out what stands in hidden folders.
+
+    Other data sets have indices of their own: where their names are not the model's, it warns.
+    """
+    folders = getattr(dataset, "reader", dataset)
+    if type(folders) in (ReaderImageFolder, ImageFolder):
+        folders.samples = [sample for sample in folders.samples if not _is_hidden(sample[0], folders.root)]
+    if type(dataset) is ImageFolder:  # those derived from it have a fixed list of classes
+        dataset.loader = Image.open  # its own makes it RGB at once, and so clips what has 16 bits
+        labels = [dataset.classes[target] for _, target in dataset.samples]
+        numbers = {label: number for number, label in enumerate(class_names or dict.fromkeys(labels))}
+        if unknown := set(labels) - numbers.keys():
+            raise RunError(f"the folder {min(unknown)!r} in {dataset.root} {_none_of(class_names)}")
+        dataset.samples = [(path, numbers[label]) for (path, _), label in zip(dataset.samples, labels, strict=True)]
+        dataset.classes = list(numbers)
+    names = class_names_of(dataset)
+    if class_names and names and list(class_names) != names and _is_first():
+        pairs = enumerate(zip_longest(class_names, names))
+        number, own, other = next((number, *pair) for number, pair in pairs if pair[0] != pair[1])
+        warn(f"the data set {name!r} has other class names: number {number} is {other!r}, for the model it is {own!r}")
+    return dataset
+
+
+def _is_hidden(path: str, root: str) -> bool:
+    """Whether a file stands in a hidden folder, as Jupyter's .ipynb_checkpoints."""
+    return f"{os.sep}." in os.path.dirname(path)[len(root.rstrip(os.sep)) :]
+
+
+def _none_of(class_names: Sequence[str]) -> str:
+    some = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
+    return f"is none of the {len(class_names)} classes of the model: {some}"
+
+
+def _is_first() -> bool:
+    return not (dist.is_initialized() and dist.get_rank())
+
+
+def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str] | None) -> set[str]:
+    """Refuses a folder that timm would read in another way than the user means; warns of pictures left out.
+
+    Returns:
+        The classes that have images.
+    """
     if os.path.samefile(root, folder):  # timm found no folder for the split and would take all of them
         splits = sorted(SPLIT_NAMES & {entry.name for entry in os.scandir(root) if entry.is_dir()})
         if splits:
@@ -140,7 +196,7 @@ def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str]
     kinds = get_img_extensions(as_set=True)
     read = ", ".join(sorted(kinds))
     pictures = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN} - kinds
-    known, left_out = set(class_names or ()), Counter()
+    known, found, left_out = set(class_names or ()), set(), Counter()
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         endings = [os.path.splitext(name)[1].lower() for name in files]
@@ -151,10 +207,12 @@ def _check_folder(root: str, folder: str, split: str, class_names: Sequence[str]
         if has_images and os.path.samefile(path, folder):
             raise RunError(f"images must stand in a folder of their class, but there are some in {path} itself")
         if has_images and known and os.path.basename(path) not in known:
-            some = ", ".join(class_names[:5]) + (", ..." if len(known) > 5 else "")
-            raise RunError(f"the folder {path} is none of the {len(known)} classes of the model: {some}")
-    if left_out and not (dist.is_initialized() and dist.get_rank()):
+            raise RunError(f"the folder {path} {_none_of(class_names)}")
+        if has_images:
+            found.add(os.path.basename(path))
+    if left_out and _is_first():
         warn(f"{folder}: {left_out.total()} pictures are left out ({', '.join(sorted(left_out))}); read are {read}")
+    return found
 
 
 def image_count(dataset: Any) -> int:
@@ -216,10 +274,10 @@ def read_image(dataset: Any, index: int, mode: str) -> tuple[Image.Image, int]:
         if hasattr(dataset, "reader"):
             file, target = dataset.reader[index][:2]
             with file:
-                image = Image.open(file).convert(mode)
+                image = in_mode(Image.open(file), mode)
         else:
             image, target = dataset[index]
-            image = image.convert(mode)
+            image = in_mode(image, mode)
     except Exception as error:  # decoders raise whatever a damaged file leads them to
         raise UnreadableImage(f"cannot read {file_name(dataset, index)}: {error}") from error
     return image, int(target)

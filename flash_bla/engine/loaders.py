@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from flash_bla.engine.augment import KeyedImages
 from flash_bla.engine.config import CommonConfig, RunError
 from flash_bla.engine.erasing import ErasedImages, collate_erased
+from flash_bla.engine.images import in_mode
 from flash_bla.engine.processes import Processes, mixed_seed, seed_host
 
 PREFETCHED_BATCHES = 4  # by each loader process
@@ -101,7 +102,7 @@ class TrainStream(IterableDataset):
                 image, target, unreadable = next(images)
                 if epoch > first_epoch or number >= passed:
                     seed_host(mixed_seed(order.seed, epoch, order.rank, worker, number))
-                    yield self.transform(image.convert(self.mode)), int(target), unreadable
+                    yield self.transform(in_mode(image, self.mode)), int(target), unreadable
 
     def _endless(self, epoch: int) -> Iterator[Item]:
         """An epoch's images, from the start again where the shards of this loader process hold fewer than it needs."""
@@ -134,7 +135,7 @@ class EvalStream(IterableDataset):
             if unreadable:
                 yield self.transform(Image.new(self.mode, (32, 32))), -1, unreadable
             elif number % self.count == self.rank:
-                yield self.transform(image.convert(self.mode)), int(target), []
+                yield self.transform(in_mode(image, self.mode)), int(target), []
 
 
 def _worker_place() -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 import tarfile
 
 import numpy as np
@@ -260,12 +261,84 @@ def test_parquet_files(pictures, tmp_path):
         open_dataset(config, training=True)
 
 
-def test_torchvision_folders(pictures):
-    config = settings(dataset="torch/image_folder", data_dir=str(pictures()))
-    dataset = open_dataset(config, training=False)
-    assert class_names_of(dataset) == ["dark", "grey", "light"]
-    loader = eval_loader(config, dataset, DATA, Processes(CPU, 0, 1))
-    assert sum(len(targets) for _, targets, _ in loader) == 9
+def targets_of(config: TrainConfig, **options) -> list[int]:
+    loader = eval_loader(config, open_dataset(config, training=False, **options), DATA, Processes(CPU, 0, 1))
+    return torch.cat([targets for _, targets, _ in loader]).tolist()
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", "torch/folder"])
+def test_torchvision_folders(name, pictures):
+    root = pictures()
+    config = settings(dataset=name, data_dir=str(root))
+    assert class_names_of(open_dataset(config, training=False)) == ["dark", "grey", "light"]
+    assert targets_of(config) == [0] * 3 + [1] * 3 + [2] * 3
+    # The model's classes keep their numbers, also where the folder has fewer or sorts them otherwise.
+    names = ["light", "dark", "other", "grey"]
+    assert targets_of(config, class_names=names) == [1] * 3 + [3] * 3 + [0] * 3
+    assert class_names_of(open_dataset(config, training=False, class_names=names)) == names
+    with pytest.raises(RunError, match=f"the folder 'dark' in {root}/val is none of the 2 classes .*: grey, light"):
+        open_dataset(config, training=False, class_names=["grey", "light"])
+
+
+def test_other_class_names_of_a_data_set_without_folders_are_told(capsys):
+    names = [str(digit) for digit in range(10)]
+    open_dataset(settings(), training=False, class_names=names)
+    assert capsys.readouterr().err == ""
+    open_dataset(settings(), training=False, class_names=[*names[:3], "three", *names[4:]])
+    assert "'digits' has other class names: number 3 is '3', for the model it is 'three'" in capsys.readouterr().err
+    open_dataset(settings(), training=False, class_names=names[:9])
+    assert "number 9 is '9', for the model it is None" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["folder", "torch/folder", "tar"])
+def test_hidden_folders_are_no_classes(name, pictures, tmp_path):
+    root = pictures()
+    for hidden in ("train/.ipynb_checkpoints", "train/grey/.ipynb_checkpoints", "train/.trash/new"):
+        shutil.copytree(root / "train" / "dark", root / hidden)
+    if name == "tar":
+        with tarfile.open(tmp_path / "train.tar", "w") as tar:
+            tar.add(root / "train", "train")
+        with pytest.raises(RunError, match="train.tar holds images in the folder '.ipynb_checkpoints'"):
+            open_dataset(folder(tmp_path / "train.tar"), training=True)
+        return
+    config = settings(dataset=name, data_dir=str(root))
+    for given in (None, ["dark", "grey", "light"]):
+        dataset = open_dataset(config, training=True, class_names=given)
+        assert class_names_of(dataset) == ["dark", "grey", "light"]
+        samples = (dataset.reader if name == "folder" else dataset).samples
+        assert [target for _, target in samples] == [0] * 8 + [1] * 8 + [2] * 8
+
+
+@pytest.mark.parametrize("name", ["folder", "torch/folder", "wds/"])
+def test_pictures_of_16_and_32_bits(name, tmp_path):
+    """16 bits are scaled to 8, of which Pillow keeps only 255 and what is below; of 32 bits nobody knows the range."""
+    pixels = np.random.default_rng(0).integers(0, 2**16, (16, 16), dtype=np.uint16)
+    place = tmp_path / "val" / "grey"
+    place.mkdir(parents=True)
+    Image.fromarray(pixels).save(place / "0.png")
+    config = settings(dataset=name, data_dir=str(tmp_path), batch_size=1)
+    if name == "wds/":
+        pytest.importorskip("webdataset")
+        (place / "0.cls").write_text("0")
+        with tarfile.open(tmp_path / "0.tar", "w") as tar:
+            tar.add(place / "0.png", "0.png")
+            tar.add(place / "0.cls", "0.cls")
+        config = dataclasses.replace(config, val_split="0.tar|1")
+    data = DATA | {"crop_pct": 1.0}
+    for mode, channels in (("RGB", 3), ("L", 1)):
+        dataset = open_dataset(config, training=False)
+        loader = eval_loader(config, dataset, data | {"mode": mode}, Processes(CPU, 0, 1))
+        ((images, _, failures),) = loader
+        assert not failures and images.shape == (1, channels, 16, 16)
+        assert (images.double() * 257 - torch.tensor(pixels.astype(float))).abs().max() <= 128  # half a step of 8 bits
+    if name == "torch/folder":
+        (place / "0.png").unlink()
+        Image.fromarray(pixels.astype(np.float32)).save(place / "0.tif")
+        dataset = open_dataset(config, training=False)
+        ((_, _, failures),) = eval_loader(config, dataset, data, Processes(CPU, 0, 1))
+        assert failures == [
+            f"cannot read {place}/0.tif: a grey picture of 32 bits (mode F), wanted are 8 or 16 bits a channel"
+        ]
 
 
 def test_errors_before_anything_starts(pictures, tmp_path):

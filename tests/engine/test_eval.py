@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import eval as eval_script
@@ -128,9 +130,16 @@ def test_single_pictures(checkpoint, tmp_path, capsys):
         assert len(best) == 5 and {name for name, _ in best} <= set("0123456789")
         assert [p for _, p in best] == sorted((p for _, p in best), reverse=True)
     assert files[0] in capsys.readouterr().out
+    pixels = np.asarray(image).astype(">u2") * 257  # the same picture with 16 bits
+    Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / "16.png")
+    (tmp_path / "16.pgm").write_bytes(b"P5 8 8 65535 " + pixels.tobytes())
+    for file in (str(tmp_path / "16.png"), str(tmp_path / "16.pgm")):
+        assert run("--checkpoint", checkpoint, "--image", file)[file] == answers[files[1]]
     (tmp_path / "no.png").write_text("no picture")
-    with pytest.raises(RunError, match="cannot read .*no.png"):
-        evaluate("--checkpoint", checkpoint, "--image", str(tmp_path / "no.png"))
+    Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "no.tif")
+    for name, why in (("no.png", "cannot identify"), ("no.tif", "a grey picture of 32 bits")):
+        with pytest.raises(RunError, match=f"cannot read .*{name}: {why}"):
+            evaluate("--checkpoint", checkpoint, "--image", str(tmp_path / name))
 
 
 def test_imagenet_classes_have_names(tmp_path, capsys):

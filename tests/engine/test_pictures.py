@@ -227,7 +227,10 @@ def test_the_script(train, tmp_path, capsys, monkeypatch):
     Image.new("L", (9, 7), 128).save("digit.png")
     flags = ["--checkpoint", "run/last.pt", "--image", "digit.png"]
     assert script.main(flags).rows.shape == (4, 2, 2)
-    assert opened((tmp_path / "attention.png").read_bytes()).size
+    drawn = (tmp_path / "attention.png").read_bytes()
+    Image.fromarray(np.full((7, 9), 128 * 257, np.uint16)).save("digit.png")  # the same picture with 16 bits
+    script.main(flags)
+    assert np.array_equal(opened((tmp_path / "attention.png").read_bytes()), opened(drawn))
     more = "--img-size 16 12 --layer blocks.0 --token 3 1 --each-head --output 0.png"
     result = script.main([*flags, *more.split()])
     assert (result.layer, result.token, result.rows.shape) == ("blocks.0.attn", (3, 1), (4, 4, 3))
