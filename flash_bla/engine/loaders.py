@@ -34,6 +34,8 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         try:
             yield from super().__iter__()
+        except RunError as error:  # of a loader process it comes with a traceback, whose last line has the message
+            raise RunError(str(error).rpartition(f"{RunError.__module__}.{RunError.__name__}: ")[2].strip()) from None
         except RuntimeError as error:
             _kill_children()
             if "timed out" in str(error):

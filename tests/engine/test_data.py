@@ -398,9 +398,10 @@ def test_an_unreadable_image_is_replaced_in_training_and_reported_in_evaluation(
     assert targets.tolist() == [0, 0, 0, 1, -1, 1, 2, 2, 2]
 
 
-def test_a_data_set_of_unreadable_images_ends_the_run(pictures):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_of_unreadable_images_ends_the_run(workers, pictures):
     root = pictures()
     for file in root.glob("train/*/*.png"):
         file.write_bytes(b"")
-    with pytest.raises(RunError, match="10 images in a row cannot be read"):
-        batches(folder(root), DATA)
+    with pytest.raises(RunError, match="^10 images in a row cannot be read; the last: .*$"):  # in one line
+        batches(folder(root, workers=workers), DATA)
