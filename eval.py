@@ -22,7 +22,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,16 +29,18 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
 from torch import nn
 from tqdm import tqdm
 
-from flash_bla.engine.checkpoint import AVERAGED, is_own, load_weights, read_checkpoint, write_atomically
+from flash_bla.engine.checkpoint import AVERAGED, is_own, load_weights, read_checkpoint
 from flash_bla.engine.comparison import compare
 from flash_bla.engine.config import EvalConfig, RunError, parse_eval
 from flash_bla.engine.data import ToDevice, check_classes, class_names_of, eval_loader, open_dataset, resolve_data
 from flash_bla.engine.evaluation import autocast, evaluate, throughput
 from flash_bla.engine.images import read_picture
-from flash_bla.engine.logs import csv_text
+from flash_bla.engine.logs import csv_text, prepare_output, write_output
 from flash_bla.engine.model import create_model, rebuild_model
 from flash_bla.engine.processes import Processes, start_processes
 from flash_bla.engine.suites import EvalSet, open_suites
+
+ENDINGS = (".json", ".csv", ".classes.csv")  # of the files of results
 
 
 def load_model(config: EvalConfig) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
@@ -84,6 +85,8 @@ def open_datasets(config: EvalConfig, model: nn.Module, content: dict[str, Any])
 
 def evaluate_datasets(config: EvalConfig, processes: Processes) -> list[dict[str, Any]]:
     """Accuracies, loss, calibration and speed, a row for each size and data set; also written to files of OUTPUT."""
+    if processes.first and config.output:
+        prepare_output(config.output, ENDINGS)
     rows, class_rows, datasets = [], [], None
     for size in config.sizes or [None]:
         if size:
@@ -142,10 +145,8 @@ def report(rows: list[dict[str, Any]], class_rows: list[dict[str, Any]], output:
         f"{row['images_per_second']:.0f} images/s, {row['throughput']:.0f} without reading them"
     )
     if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(f"{output}.json", json.dumps(rows, indent=2).encode())
-        write_atomically(f"{output}.csv", csv_text(rows).encode())
-        write_atomically(f"{output}.classes.csv", csv_text(class_rows).encode())
+        contents = json.dumps(rows, indent=2), csv_text(rows), csv_text(class_rows)
+        write_output(output, {end: text.encode() for end, text in zip(ENDINGS, contents, strict=True)})
 
 
 @torch.no_grad()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from flash_bla.engine.checkpoint import write_atomically
 from flash_bla.engine.config import RunError
-from flash_bla.engine.logs import csv_text
+from flash_bla.engine.logs import csv_text, prepare_output, write_output
 
 # Column of the table: what it shows of a row.
 COLUMNS = {
@@ -39,33 +39,38 @@ def compare(files: Sequence[str], output: str | None) -> list[dict[str, Any]]:
         output: Path without ending, or None.
 
     Returns:
-        The rows, each with its file's name as `result`.
+        The rows, each with its file's name as `result`, or its path where several have one name.
 
     Raises:
-        RunError: A file is not there, or is no such result, or OUTPUT.csv is one of an evaluation.
+        RunError: A file is not there, or is no such result, or OUTPUT.csv is one of an evaluation or a training run,
+            or cannot be written.
     """
     if output:
         for file in files:
             stem = Path(file).with_suffix("")
             if Path(f"{output}.csv").resolve() in (Path(f"{stem}{end}").resolve() for end in (".csv", ".classes.csv")):
                 raise RunError(f"output: {output}.csv belongs to {file}, choose another name")
-    rows = [row for file in files for row in _read(file)]
+    paths = dict.fromkeys(Path(file) for file in files)
+    stems = Counter(path.stem for path in paths)
+    rows = [
+        row for path in paths for row in _read(path, path.stem if stems[path.stem] == 1 else str(path.with_suffix("")))
+    ]
     order = list(dict.fromkeys(row["dataset"] for row in rows))
+    if output:
+        prepare_output(output, (".csv", ".png"))
     rows.sort(key=lambda row: (order.index(row["dataset"]), -row["top1"]))
     table = [list(COLUMNS), ["---"] * len(COLUMNS), *([show(row) for show in COLUMNS.values()] for row in rows)]
     for cells in table:
         print(f"| {' | '.join(cells)} |")
     if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(f"{output}.csv", csv_text(rows).encode())
-        write_atomically(f"{output}.png", draw(rows))
+        write_output(output, {".csv": csv_text(rows).encode(), ".png": draw(rows)})
         print(f"\nwritten to {output}.csv and {output}.png")
     return rows
 
 
-def _read(file: str) -> list[dict[str, Any]]:
+def _read(file: Path, name: str) -> list[dict[str, Any]]:
     try:
-        rows = [{"result": Path(file).stem} | row for row in json.loads(Path(file).read_text(encoding="utf-8"))]
+        rows = [{"result": name} | row for row in json.loads(file.read_text(encoding="utf-8"))]
         for row in rows:
             for show in COLUMNS.values():
                 show(row)

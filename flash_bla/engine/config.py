@@ -299,6 +299,8 @@ def parse_eval(argv: Sequence[str] | None = None) -> EvalConfig:
             raise RunError(f"{one}: it takes the place of {other}, give one of them")
     if config.image and config.output:
         raise RunError("output: the classes of single pictures are printed alone, leave it out beside image")
+    if config.image and config.sizes:
+        raise RunError("sizes: single pictures are looked at in one size, give img_size beside image")
     if config.model:
         try:
             check_name(config.model)  # before a checkpoint is read

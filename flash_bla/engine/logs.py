@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from flash_bla.engine.checkpoint import write_atomically
+from flash_bla.engine.checkpoint import LOGS, write_atomically
 from flash_bla.engine.config import RunError
 from flash_bla.engine.processes import Processes
 
@@ -172,6 +174,39 @@ class RunLog:
         """Flushes TensorBoard."""
         if self._board is not None:
             self._try(self._board.close)
+
+
+def prepare_output(output: str, endings: Sequence[str]) -> None:
+    """Makes the folder for the files OUTPUT.ENDING of results, before any work goes into them.
+
+    Raises:
+        RunError: OUTPUT is a folder, one of the files is of a training run, or they cannot be written there.
+    """
+    path = Path(output)
+    if output.endswith("/") or path.is_dir():
+        raise RunError(f"output: the folder {output} is no name for files, which are NAME{', NAME'.join(endings)}")
+    own = [path.name + ending for ending in endings if path.name + ending in LOGS]
+    if own and (path.parent / "config.yaml").exists():
+        raise RunError(f"output: {own[0]} belongs to the training run in {path.parent}, choose another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise RunError(f"output: cannot write to {path.parent}: {error.strerror}") from error
+
+
+def write_output(output: str, contents: dict[str, bytes]) -> None:
+    """Writes the files OUTPUT.ENDING, whose contents are given by ending.
+
+    Raises:
+        RunError: One of them cannot be written.
+    """
+    try:
+        for ending, content in contents.items():
+            write_atomically(output + ending, content)
+    except OSError as error:
+        raise RunError(f"output: cannot write {output}{ending}: {error.strerror}") from error
 
 
 def csv_text(rows: list[dict[str, Any]]) -> str:

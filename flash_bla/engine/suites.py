@@ -15,6 +15,7 @@ Where there are 200 classes the model chooses among these alone: the other 800 l
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -64,7 +65,9 @@ def open_suites(config: EvalConfig, num_classes: int, class_names: Sequence[str]
     if class_names and set(class_names) & set(imagenet) and list(class_names) != imagenet:
         raise RunError("suite: wants a model of ImageNet's 1000 classes, but those of the checkpoint are others")
     sets = []
-    for entry in config.suite:
+    entries = dict.fromkeys(config.suite)
+    names = Counter(entry.partition("=")[0] for entry in entries)
+    for entry in entries:
         name, _, folder = entry.partition("=")
         if name not in SUITES:
             raise RunError(f"suite: unknown {name!r}{did_you_mean(name, SUITES)}")
@@ -75,6 +78,8 @@ def open_suites(config: EvalConfig, num_classes: int, class_names: Sequence[str]
             sets.append(_open_suite(config, name, folder, imagenet))
         except RunError as error:
             raise RunError(f"suite {name}: {error}") from error
+        if names[name] > 1:
+            sets[-1].name = f"{name}={folder}"
     return sets
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 
 import numpy as np
@@ -106,8 +107,41 @@ def test_settings_that_would_have_no_effect(checkpoint, tmp_path):
         assert evaluate(*flags, str(own))["images"] == 360
     with pytest.raises(RunError, match="output: the classes of single pictures are printed alone"):
         evaluate("--checkpoint", checkpoint, "--image", "x.png", "--output", str(tmp_path / "y"))
+    with pytest.raises(RunError, match="sizes: single pictures are looked at in one size"):
+        evaluate("--checkpoint", checkpoint, "--image", "x.png", "--sizes", "64")
     with pytest.raises(RunError, match="no model is called 'pola_vit_tini'; did you mean 'pola_vit_tiny'"):
         evaluate("--model", "pola_vit_tini", "--checkpoint", "nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("run/log", "log.csv belongs to the training run in .*/run, choose another name"),
+        ("run/summary", "summary.json belongs to the training run in .*/run, choose another name"),
+        ("run", "the folder .*/run is no name for files, which are NAME.json, NAME.csv, NAME.classes.csv"),
+        ("new/", "the folder .*/new/ is no name for files"),
+        ("run/config.yaml/results", "cannot write to .*/run/config.yaml: File exists"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_is_evaluated(output, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_script, "evaluate", pytest.fail)
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "log.csv", "summary.json"):
+        (tmp_path / "run" / name).write_text(name)
+    flags = ("--model", "test_vit", "--num-classes", "10", "--in-chans", "1", "--dataset", "digits", "--img-size", "8")
+    with pytest.raises(RunError, match=f"^output: .*{message}"):
+        evaluate(*flags, "--output", f"{tmp_path}/{output}")
+    assert all(path.read_text() == path.name for path in (tmp_path / "run").iterdir())
+
+
+def test_results_that_cannot_be_written_are_an_error_without_traceback(checkpoint, tmp_path, monkeypatch, capsys):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("flash_bla.engine.logs.write_atomically", full)
+    with pytest.raises(RunError, match=f"output: cannot write {tmp_path}/x.json: No space left on device"):
+        evaluate("--checkpoint", checkpoint, "--output", str(tmp_path / "x"))
+    assert "top-1" in capsys.readouterr().out  # the figures are not lost
 
 
 def test_an_unreadable_image_is_named(pictures):

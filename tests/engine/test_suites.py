@@ -145,6 +145,10 @@ def test_suites_of_1000_classes_in_one_run(folders, biased, tmp_path):
 
     classes = read_csv(f"{output}.classes.csv")
     assert (classes[0]["class"], classes[0]["name"]) == (WNIDS[0], "tench, Tinca tinca")
+    several = [f"imagenet-v2={numbers}", f"imagenet-v2={numbers}/", f"imagenet-v2={numbers}"]
+    rows = eval_script.main([*flags, "--suite", *several])
+    assert [row["dataset"] for row in rows] == several[:2]
+
     best = [(row["dataset"], row["class"]) for row in classes if row["top1"] == "100.0"]
     assert best == [(name, WNIDS[logits.argmax()]) for name in names[:2]]
     seen = {row["class"] for row in classes if row["dataset"] == "imagenet-real"}
@@ -187,6 +191,20 @@ def test_sizes_in_one_run_and_results_side_by_side(pictures, tmp_path, capsys):
         with pytest.raises(RunError, match=f"output: {taken}.csv belongs to .*{first.name}.json"):
             eval_script.main(["--compare", *files, "--output", taken])
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.csv")}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=f"output: cannot write to {tmp_path}/file: File exists"):
+        eval_script.main(["--compare", *files, "--output", str(tmp_path / "file" / "comparison")])
+
+
+def test_results_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    row = {"dataset": "digits", "model": "m", "input_size": [1, 8, 8], "parameters": 1, "throughput": 1.0}
+    row |= {"top5": 9.0, "loss": 1.0, "ece": 1.0}
+    for number, name in enumerate(("a/eval", "b/eval", "b/other")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text(json.dumps([row | {"top1": 9.0 - number}]))
+    monkeypatch.chdir(tmp_path)
+    compared = eval_script.main(["--compare", "a/eval.json", "b/eval.json", "./a/eval.json", "b/other.json"])
+    assert [(row["result"], row["top1"]) for row in compared] == [("a/eval", 9.0), ("b/eval", 8.0), ("other", 7.0)]
 
 
 def test_a_batch_is_scored_among_the_classes_asked_for(one_process):
