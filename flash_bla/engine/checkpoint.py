@@ -39,6 +39,10 @@ from flash_bla.engine.config import RunError, differences
 from flash_bla.models.vit import VisionTransformer
 
 LOGS = ("config.yaml", "log.csv", "preview.png", "curve.png", "summary.json")  # what a run writes besides
+STATE = (  # what a run goes on from
+    "model", "state_dict", "state_dict_ema", "class_names", "config", "epoch", "update", "history", "best",
+    "unreadable", "seconds", "meter", "optimizer", "scaler",
+)  # fmt: skip
 AVERAGED = ("state_dict_ema", "model_ema")  # where a file keeps a moving average of its weights
 
 
@@ -126,7 +130,7 @@ class CheckpointFolder:
 
         Raises:
             RunError: There are checkpoints, but none to go on from, or files that are not of a run that ended before
-                its first checkpoint: beginning anew would overwrite them.
+                its first checkpoint: beginning anew would overwrite them. Or a file is no checkpoint of a run.
         """
         found = [path for path in (self.last, self.previous) if path.exists()]
         for path in found:
@@ -135,6 +139,11 @@ class CheckpointFolder:
             except DamagedCheckpoint as error:
                 self._warn(str(error))
                 continue
+            if missing := [key for key in STATE if key not in checkpoint]:
+                raise RunError(
+                    f"{path} is not where a run of train.py stands, it lacks {', '.join(missing)}; choose another "
+                    "output folder, or move this file away"
+                )
             if path is self.previous:
                 self._warn(f"going on from the checkpoint before the last, {path}")
                 self._keep = None  # the damaged one must not take the place of this one

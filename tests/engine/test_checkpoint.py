@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from flash_bla.engine.checkpoint import (
+    STATE,
     CheckpointFolder,
     DamagedCheckpoint,
     load_weights,
@@ -39,7 +40,8 @@ def folder(tmp_path, warnings):
 
 
 def content(number: int) -> dict:
-    return {"epoch": number, "weights": torch.full((5000,), float(number)), "optimizer": {}, "history": [{"top1": 1.5}]}
+    own = {"epoch": number, "weights": torch.full((5000,), float(number)), "optimizer": {}, "history": [{"top1": 1.5}]}
+    return dict.fromkeys(STATE) | own
 
 
 def damage(path) -> None:

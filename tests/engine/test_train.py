@@ -74,6 +74,17 @@ def test_files_that_are_not_of_the_run_are_not_overwritten(train, on_loss, model
         with pytest.raises(RunError, match=f"run holds {name}, which"):
             train("run")
 
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / name
+        torch.save({"model": {"weight": torch.ones(1)}, "epoch": 3}, file)
+        before = file.read_bytes()
+        with pytest.raises(
+            RunError, match=f"{file} is not where a run of train.py stands, it lacks state_dict, .*meter"
+        ):
+            train(name)
+        assert [file.read_bytes() for file in file.parent.iterdir()] == [before]
+
     on_loss(crash(0))
     with pytest.raises(Crash):
         train("killed")
