@@ -83,8 +83,14 @@ def start_processes(device: str | None = None, threads: int | None = None) -> Pr
         RunError: There is no such device.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RunError(f"device: {device} was asked for, but this PyTorch sees no CUDA device")
+    try:
+        kind, count = torch.device(device), torch.cuda.device_count()
+        if kind.type != "cuda":  # which would take up memory here, of the first GPU for all processes
+            torch.empty(0, device=kind)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device: this PyTorch has no {device!r}: {str(error).splitlines()[0]}") from error
+    if kind.type == "cuda" and (kind.index or 0) >= count:
+        raise RunError(f"device: {device} was asked for, but this PyTorch sees {count or 'no'} CUDA devices")
     if threads is not None:
         torch.set_num_threads(threads)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ["GROUP_WORLD_SIZE"] == "1"

@@ -18,6 +18,7 @@ from runs import ROOT, assert_same_run, start
 
 from eval import main as evaluate
 from flash_bla.engine.checkpoint import CheckpointFolder
+from flash_bla.engine.config import RunError
 from flash_bla.engine.processes import Processes, mixed_seed, start_processes
 
 CPU = torch.device("cpu")
@@ -135,6 +136,21 @@ def test_one_process_needs_no_group():
     assert processes == Processes(CPU, 0, 1)
     assert processes.gather("x") == ["x"] and processes.mean(torch.ones(2)).tolist() == [1, 1]
     processes.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("gpu", 0, "this PyTorch has no 'gpu': Expected one of cpu, cuda"),
+        ("xla", 0, "this PyTorch has no 'xla'"),
+        ("cuda", 0, "cuda was asked for, but this PyTorch sees no CUDA devices"),
+        ("cuda:2", 2, "cuda:2 was asked for, but this PyTorch sees 2 CUDA devices"),
+    ],
+)
+def test_a_device_that_is_not_there(device, gpus, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(RunError, match=f"^device: {message}"):
+        start_processes(device)
 
 
 def test_seeds():
