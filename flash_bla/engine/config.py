@@ -374,6 +374,8 @@ def _check_common(config: Config) -> Config:
             raise RunError(f"{name}: must be at least 1, got {getattr(config, name)}")
     if config.workers is not None and config.workers < 0:
         raise RunError(f"workers: must be at least 0, got {config.workers}")
+    if config.crop_pct is not None and not 0 < config.crop_pct <= 1:
+        raise RunError(f"crop_pct: more than 0, at most 1, or none, got {config.crop_pct:g}")
     if config.loader_timeout < 0:
         raise RunError(f"loader_timeout: must be at least 0, got {config.loader_timeout:g}")
     return config

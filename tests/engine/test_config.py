@@ -132,6 +132,7 @@ def test_contradictions(flags, message):
         ("ratio", ["0 1", "2 1"], "more than 0, the smaller first, got "),
         ("lr", ["-0.1", "nan"], "at least 0, got "),
         ("mixup", ["-1"], "at least 0, got "),
+        ("crop-pct", ["90", "1.01", "0", "-1", "nan"], "more than 0, at most 1, or none, got "),
         ("cutmix", ["-1"], "at least 0, got "),
         ("opt", ["adamww"], "timm has no optimizer 'adamww'; did you mean 'adamw'"),
         ("aa", ["rnd-m9", "rand-m9-q2", "rand-mx1", "augmix-x1", "rand-m1.5"], "no policy of timm, got "),
