@@ -208,10 +208,18 @@ class TrainConfig(CommonConfig):
         return "reduce-overhead" if self.cuda_graphs else None
 
     def learning_rates(self, total_batch: int) -> dict[str, float]:
-        """The learning rates for a total batch: `lr`, `warmup_lr` and `min_lr`."""
+        """The learning rates for a total batch: `lr`, `warmup_lr` and `min_lr`.
+
+        Raises:
+            RunError: The schedule would rise from `lr` to `min_lr`.
+        """
         factor = total_batch / self.lr_batch if self.lr_batch else 1.0
         others = factor if self.lr_scale_all else 1.0
-        return {"lr": self.lr * factor, "warmup_lr": self.warmup_lr * others, "min_lr": self.min_lr * others}
+        rates = {"lr": self.lr * factor, "warmup_lr": self.warmup_lr * others, "min_lr": self.min_lr * others}
+        if rates["lr"] < rates["min_lr"]:
+            scaled = f" ({self.lr:g} for {self.lr_batch} images, scaled to {total_batch})" if self.lr_batch else ""
+            raise RunError(f"lr: at least min_lr, {rates['min_lr']:g}, got {rates['lr']:g}{scaled}; lower --min-lr too")
+        return rates
 
     def averaging(self, total_batch: int) -> dict[str, float]:
         """The moving average's decay for a total batch, `ema_decay`; nothing where the run keeps no average.

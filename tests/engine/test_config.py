@@ -159,8 +159,17 @@ def test_learning_rates_scale_with_the_total_batch():
     assert config.learning_rates(1024) == {"lr": 1e-3, "warmup_lr": 1e-6, "min_lr": 1e-5}
     config.lr_scale_all = True
     assert config.learning_rates(1024) == {"lr": 1e-3, "warmup_lr": 2e-6, "min_lr": 2e-5}
+    assert config.learning_rates(1)["min_lr"] == 1e-5 / 512
+    config.lr_scale_all = False
+    with pytest.raises(RunError, match=r"lr: at least min_lr, 1e-05, got 7.8125e-06 \(0.0005 for 512 .* to 8\); lower"):
+        config.learning_rates(8)
     config.lr_batch = 0
-    assert config.learning_rates(1024) == {"lr": 5e-4, "warmup_lr": 1e-6, "min_lr": 1e-5}
+    assert config.learning_rates(8) == {"lr": 5e-4, "warmup_lr": 1e-6, "min_lr": 1e-5}
+    config.lr = 0.0
+    with pytest.raises(RunError, match="lr: at least min_lr, 1e-05, got 0; lower --min-lr too"):
+        config.learning_rates(1024)
+    config.min_lr = 0.0
+    assert config.learning_rates(1024)["lr"] == 0.0
 
 
 def test_the_average_reaches_as_far_with_any_total_batch():
