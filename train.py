@@ -52,7 +52,7 @@ from flash_bla.engine.distillation import Teacher, distillation_loss
 from flash_bla.engine.evaluation import autocast, evaluate
 from flash_bla.engine.finetune import choose_trained, replace_attention, start_training
 from flash_bla.engine.logs import LossMeter, RunLog, memory_used, warn
-from flash_bla.engine.model import create_model
+from flash_bla.engine.model import create_model, set_grad_checkpointing
 from flash_bla.engine.norms import RunningStatistics, sync_batch_norms
 from flash_bla.engine.pictures import save_preview
 from flash_bla.engine.processes import Processes, StopRequest, mixed_seed, start_processes
@@ -87,10 +87,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
     notes = take_over(model, read_checkpoint(start.weights), start.weights) if start.weights else []
     choose_trained(model, config)
     if config.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing(True)
-        except AssertionError as error:  # of timm's models that cannot
-            raise RunError(f"grad_checkpointing: not with model {config.model!r}: {error}") from error
+        set_grad_checkpointing(model, config)
     if config.sync_bn:
         model = sync_batch_norms(model, processes)
     model.to(device)

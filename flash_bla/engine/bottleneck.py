@@ -3,7 +3,8 @@
     python -m flash_bla.engine.bottleneck --config FILE --data-dir DIR [any setting of train.py]
 
 It measures images/s of the loader alone, of updates alone on one batch that stays on the device, and of both together
-as in training, and says in a sentence which of them is in the way. It writes nothing.
+as in training, and says in a sentence which of them is in the way. It writes nothing. What of a run is not in the
+updates that it measures (a teacher, mixup, the weights' average, ...) it names.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from flash_bla.engine.data import (
     train_loader,
 )
 from flash_bla.engine.evaluation import autocast
-from flash_bla.engine.model import create_model
+from flash_bla.engine.finetune import choose_trained, start_training
+from flash_bla.engine.model import create_model, set_grad_checkpointing
 from flash_bla.engine.processes import Processes, start_processes
 
 SECONDS = 10.0  # of each measurement
 WARM_UP = 3  # steps before it: compilation, allocations
+LEFT_OUT = ("teacher", "teacher_weights", "mixup", "cutmix", "ema_decay", "mesa", "clip_grad")  # of the updates
 
 
 def rate(step: Callable[[], int], device: torch.device, warm_up: int, seconds: float = SECONDS) -> float:
@@ -58,9 +61,14 @@ def measure(config: TrainConfig, processes: Processes, seconds: float = SECONDS)
     device = processes.device
     config.epochs = sys.maxsize  # the data must not end
     train_set = open_dataset(config, training=True, batch_size=config.batch_size, seed=config.seed)
-    model, description = create_model(config, check_classes(config.num_classes, class_names_of(train_set), "data"))
+    num_classes = check_classes(config.num_classes, class_names_of(train_set), config.dataset)
+    model, description = create_model(config, num_classes, drop_path_rate=config.drop_path)
     data = resolve_data(config, model, description)
-    model.to(device).train()
+    choose_trained(model, config)
+    if config.grad_checkpointing:
+        set_grad_checkpointing(model, config)
+    model.to(device)
+    start_training(model, config)
     optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.learning_rates(config.batch_size)["lr"])
     run = torch.compile(model, mode=config.compile_mode) if config.compile else model
     to_device = ToDevice(data["mean"], data["std"], device, device_augmentation(config, data, device))
@@ -117,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     figures = measure(config, processes)
     print("images/s  " + "  ".join(f"{name} {figures[name]:.0f}" for name in ("input", "model", "both")))
     print(verdict(figures))
+    if left_out := [f"{name} {getattr(config, name)}" for name in LEFT_OUT if getattr(config, name)]:
+        print(f"Not in these updates, which train.py takes longer for: {', '.join(left_out)}.")
 
 
 if __name__ == "__main__":

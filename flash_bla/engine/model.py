@@ -49,6 +49,18 @@ def rebuild_model(config: CommonConfig, description: dict[str, Any]) -> nn.Modul
         raise RunError(f"the checkpoint's model cannot be rebuilt: {error}") from error
 
 
+def set_grad_checkpointing(model: nn.Module, config: CommonConfig) -> None:
+    """Lets a model recompute its activations in the backward pass.
+
+    Raises:
+        RunError: It cannot.
+    """
+    try:
+        model.set_grad_checkpointing(True)
+    except AssertionError as error:  # of timm's models that cannot
+        raise RunError(f"grad_checkpointing: not with model {config.model!r}: {error}") from error
+
+
 def _sized(
     build: Callable[..., nn.Module], size: list[int] | None, arguments: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:

@@ -30,6 +30,39 @@ def test_the_slow_part_is_named(slow, where, model_yaml, one_process, monkeypatc
     assert ("--device-augment would" in said) == (slow == "input" and not where)
 
 
+@pytest.mark.parametrize(
+    ("flags", "trained"),
+    [
+        ((), lambda name: True),
+        (("--freeze", "blocks.*"), lambda name: not name.startswith("blocks.")),
+        (("--freeze-backbone", "--grad-checkpointing"), lambda name: name.startswith("head.")),
+    ],
+)
+def test_updates_are_those_of_the_run(flags, trained, model_yaml, one_process, monkeypatch):
+    models = []
+    create = bottleneck.create_optimizer_v2
+    monkeypatch.setattr(
+        bottleneck, "create_optimizer_v2", lambda model, **options: models.append(model) or create(model, **options)
+    )
+    config = parse_train(["--config", str(model_yaml), "--batch-size", "20", *flags])
+    bottleneck.measure(config, one_process, seconds=0.01)
+    (model,) = models
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if trained(name)
+    }
+    assert model.grad_checkpointing == ("--grad-checkpointing" in flags)
+    assert model.blocks[0].training == ("--freeze-backbone" not in flags)
+
+
+@pytest.mark.parametrize("flags", [(), ("--mixup", "0.8", "--ema-decay", "0.9", "--mesa", "1", "--clip-grad", "5")])
+def test_what_is_left_out_is_named(flags, model_yaml, monkeypatch, capsys):
+    figures = {"input": 900, "model": 500, "both": 490, "workers": 2}
+    monkeypatch.setattr(bottleneck, "measure", lambda *_: figures)
+    bottleneck.main(["--config", str(model_yaml), "--device", "cpu", *flags])
+    left_out = "which train.py takes longer for: mixup 0.8, ema_decay 0.9, mesa 1.0, clip_grad 5.0.\n"
+    assert capsys.readouterr().out.endswith(left_out if flags else "the input gives 900.\n")
+
+
 def test_the_verdict_says_what_helps():
     def say(figures):
         return bottleneck.verdict(figures | {"host_augments": False})
