@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 from tqdm import tqdm
 
+from flash_bla.engine.images import read_picture
 from flash_bla.models import LinFusion
 
 
@@ -47,7 +47,7 @@ class CaptionedPictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, str]:
         picture, caption = self.pairs[index]
-        return self.transform(Image.open(picture).convert("RGB")), caption.read_text(encoding="utf-8").strip()
+        return self.transform(read_picture(picture, "RGB")), caption.read_text(encoding="utf-8").strip()
 
 
 def forever(loader: DataLoader) -> Iterator[tuple[Tensor, tuple[str, ...]]]:

@@ -9,6 +9,7 @@ from flash_bla.layers.hooks import is_plain
 from flash_bla.layers.norm import LayerNorm
 from flash_bla.ops import depthwise_conv, linear_attention, linear_attention_dwc
 from flash_bla.ops.conv_norm import depthwise_conv_norm
+from flash_bla.ops.depthwise_conv import KERNEL_SIZES
 
 
 @register_notrace_module  # torch.fx must not trace into it: it branches on shapes
@@ -20,11 +21,16 @@ class DepthwiseConv(nn.Conv2d):
 
     Args:
         channels: Number of filters. Tokens may have a multiple of it: the filters are then shared by all heads.
-        kernel_size: Odd side of the filters.
+        kernel_size: Side of the filters, 3, 5 or 7.
         stride: 1, or 2 to halve the grid, rounding up.
+
+    Raises:
+        ValueError: Another ``kernel_size``.
     """
 
     def __init__(self, channels: int, kernel_size: int, stride: int = 1, *, device=None, dtype=None) -> None:
+        if kernel_size not in KERNEL_SIZES:
+            raise ValueError(f"kernel_size must be one of {KERNEL_SIZES}, got {kernel_size!r}")
         super().__init__(
             channels, channels, kernel_size, stride, kernel_size // 2, groups=channels, device=device, dtype=dtype
         )

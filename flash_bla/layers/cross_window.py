@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.dense import Linear
+from flash_bla.layers.hooks import is_plain
 from flash_bla.layers.tokens import head_width
 from flash_bla.layers.window import merge_windows, split_windows, whole_grid
 from flash_bla.ops.arguments import merge_heads, split_heads
@@ -77,17 +78,10 @@ class CrossShapedWindowAttention(nn.Module):
         """``(B, N, C)`` to ``(B, N, C)``; N must be H·W."""
         grid = whole_grid(x, grid)
         vertical, horizontal = self.qkv(x).unflatten(1, grid).unflatten(-1, (3, 2, -1)).unbind(-2)
-        weights, biases = self.get_v.weight.chunk(2), self.get_v.bias.chunk(2)
-        x = torch.cat(
-            [
-                self._attend_in_stripes(vertical, 2, weights[0], biases[0]),
-                self._attend_in_stripes(horizontal, 1, weights[1], biases[1]),
-            ],
-            dim=-1,
-        )
+        x = torch.cat([self._attend_in_stripes(vertical, 2), self._attend_in_stripes(horizontal, 1)], dim=-1)
         return self.proj_drop(self.proj(x.flatten(1, 2)))
 
-    def _attend_in_stripes(self, qkv: Tensor, side: int, weight: Tensor, bias: Tensor) -> Tensor:
+    def _attend_in_stripes(self, qkv: Tensor, side: int) -> Tensor:
         """``(B, H, W, 3, C/2)`` to ``(B, H, W, C/2)``; stripes of a number of rows (``side`` 1) or columns (2)."""
         grid = [qkv.shape[1], qkv.shape[2]]
         length = grid[side - 1]
@@ -95,14 +89,22 @@ class CrossShapedWindowAttention(nn.Module):
         rest = length % stripe
         if rest:
             parts = qkv.split([length - rest, rest], side)
-            return torch.cat([self._attend_in_stripes(part, side, weight, bias) for part in parts], side)
+            return torch.cat([self._attend_in_stripes(part, side) for part in parts], side)
 
         window = (stripe, grid[1]) if side == 1 else (grid[0], stripe)
         q, k, v = (split_windows(y, window) for y in qkv.unbind(-2))
-        image = v.unflatten(1, window).permute(0, 3, 1, 2)
-        image = F.conv2d(image, weight, bias, padding=self.get_v.padding, groups=weight.shape[0])
         x = F.scaled_dot_product_attention(
             *(split_heads(y, self.num_heads // 2) for y in (q, k, v)),
             dropout_p=self.attn_drop.p if self.training else 0.0,
         )
-        return merge_windows(merge_heads(x) + image.permute(0, 2, 3, 1).flatten(1, 2), window, grid)
+        return merge_windows(merge_heads(x) + self._convolve(v, window, side), window, grid)
+
+    def _convolve(self, v: Tensor, window: tuple[int, int], side: int) -> Tensor:
+        """The convolution of the values of windows, with the filters of their half of the channels."""
+        half = v.shape[-1]
+        if not is_plain(self.get_v, DepthwiseConv):  # it is called on all channels, the other half of which are zeros
+            return self.get_v(F.pad(v, (0, half) if side == 2 else (half, 0)), window).chunk(2, -1)[2 - side]
+        weight, bias = (x.chunk(2)[2 - side] for x in (self.get_v.weight, self.get_v.bias))
+        image = v.unflatten(1, window).permute(0, 3, 1, 2)
+        image = F.conv2d(image, weight, bias, padding=self.get_v.padding, groups=half)
+        return image.permute(0, 2, 3, 1).flatten(1, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from flash_bla.layers.hooks import is_plain
 from flash_bla.layers.tokens import head_width
 from flash_bla.ops import add_layer_norm, linear_attention
 from flash_bla.ops.arguments import merge_heads, split_heads
@@ -91,5 +92,7 @@ class _Residual(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         first, norm, activation, last = self
+        if not (is_plain(norm, nn.LayerNorm) and is_plain(activation, nn.LeakyReLU)):
+            return super().forward(x)
         x, _ = add_layer_norm(first(x), norm.weight, norm.bias, norm.eps, negative_slope=activation.negative_slope)
         return last(x)

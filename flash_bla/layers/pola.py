@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv, attend_with_conv
 from flash_bla.layers.dense import Linear, apply_linear
+from flash_bla.layers.hooks import is_plain
 from flash_bla.layers.position import KeyPositionalEncoding
 from flash_bla.layers.tokens import head_width, scale_outputs
 from flash_bla.ops import signed_power
@@ -89,9 +90,9 @@ class PolaLinearAttention(KeyPositionalEncoding):
         )
         return self.proj_drop(self.proj(x))
 
-    def fuse(self) -> None:
+    def fold_constants(self) -> None:
         """Folds the scale into the keys' projection and encoding, for ``fuse_for_inference``."""
-        if type(self.qkvg) is Linear:
+        if self.scale is not None and is_plain(self.qkvg, Linear):
             factor, *_ = polarity_parameters(self.scale, self.power, self.positional_encoding, self.alpha)
             scale_outputs(self.qkvg, factor)
             self.positional_encoding.mul_(factor.chunk(4)[1])

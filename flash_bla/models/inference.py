@@ -6,17 +6,18 @@ import copy
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from flash_bla.layers.norm import fold_batch_norm
 
 
 @torch.no_grad()
 def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of a model for inference, with fewer operations and the same outputs up to rounding.
 
-    BatchNorm is folded into the convolution before it; then each module that has a method ``fuse`` folds what is its
-    own: RAVLT its layer scale, PolaFormer's attention its scale (into the keys' projection and encoding) and powers.
-    A linear layer that was replaced, by a quantised one or an adapter, stays as it is, and so does what would go into
-    it. The copy cannot be trained, and the model does not load its state dict.
+    BatchNorm is folded into the convolution before it; then each module that has a method ``fold_constants`` folds what
+    is its own: RAVLT its layer scale, PolaFormer's attention its scale (into the keys' projection and encoding) and
+    powers. A layer that was replaced, by a quantised one or an adapter, or that has hooks, as pruned ones do, stays as
+    it is, and so does what would go into it. The copy cannot be trained, and the model does not load its state dict.
 
     Args:
         model: Any model of this package; it stays as it is.
@@ -30,15 +31,12 @@ def fuse_for_inference(model: nn.Module, dtype: torch.dtype | None = None) -> nn
     for module in list(model.modules()):
         if isinstance(module, nn.Sequential):
             _fold_batch_norms(module)
-        if hasattr(module, "fuse"):
-            module.fuse()
+        if hasattr(module, "fold_constants"):
+            module.fold_constants()
     return model if dtype is None else model.to(dtype)
 
 
 def _fold_batch_norms(layers: nn.Sequential) -> None:
     names = list(layers._modules)
     for conv, norm in zip(names, names[1:], strict=False):
-        pair = layers._modules[conv], layers._modules[norm]
-        if isinstance(pair[0], nn.Conv2d) and isinstance(pair[1], nn.BatchNorm2d):
-            layers._modules[conv] = fuse_conv_bn_eval(*pair)
-            layers._modules[norm] = nn.Identity()
+        layers._modules[conv], layers._modules[norm] = fold_batch_norm(layers._modules[conv], layers._modules[norm])

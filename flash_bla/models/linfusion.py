@@ -134,7 +134,8 @@ class LinFusion(ModelMixin, ConfigMixin):
         have no place for what is mounted.
 
         Raises:
-            ValueError: The UNet's self-attentions are others, or this LinFusion is mounted already.
+            ValueError: The UNet's self-attentions are others, its weights are offloaded, or this LinFusion is mounted
+                already.
         """
         unet = _find_unet(pipeline, unet)
         if self._mounted:
@@ -149,8 +150,9 @@ class LinFusion(ModelMixin, ConfigMixin):
         if differ:
             more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
             raise ValueError(f"this LinFusion is for another UNet; modules differ: {', '.join(differ[:8])}{more}")
-        self._mounted = unet, {name: unet.get_submodule(name) for name in own}
+        replaced = {name: unet.get_submodule(name) for name in own}
         _replace(unet, dict(zip(own, self.children(), strict=True)))
+        self._mounted = unet, replaced
 
     def unmount(self) -> None:
         """Gives the UNet its self-attentions back, on the device and in the type that it has now."""
@@ -161,6 +163,11 @@ class LinFusion(ModelMixin, ConfigMixin):
 
 def _replace(unet: nn.Module, modules: dict[str, nn.Module]) -> None:
     device, dtype = unet.device, unet.dtype
+    if device.type == "meta" and any(hasattr(module, "_hf_hook") for module in unet.modules()):
+        raise ValueError(  # there the weights of what is moved would be lost
+            "Accelerate's hooks keep the UNet's weights elsewhere: remove them before you mount or unmount (diffusers: "
+            "pipeline.remove_all_hooks()), and offload again after that"
+        )
     for name, module in modules.items():
         unet.set_submodule(name, module.to(device, dtype))
 

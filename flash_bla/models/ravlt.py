@@ -12,6 +12,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from flash_bla.layers import DepthwiseConv, Linear, RankAugmentedLinearAttention, apply_linear, convolve_and_norm
+from flash_bla.layers.hooks import is_plain
 from flash_bla.layers.tokens import scale_outputs
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import HierarchicalBackbone, Stage, plan_stages
@@ -95,12 +96,13 @@ class RavltBlock(Block):
         y, x = self.norm2(x, self.drop_path1(y), residual=True)
         return x + self.drop_path2(self.mlp(y, grid, factor=self.gamma_2))
 
-    def fuse(self) -> None:
+    def fold_constants(self) -> None:
         """Folds the layer scales into the layers before them, for ``fuse_for_inference``."""
-        if isinstance(self.attn, RankAugmentedLinearAttention) and type(self.attn.proj) is Linear:
+        is_ours = isinstance(self.attn, RankAugmentedLinearAttention)
+        if self.gamma_1 is not None and is_ours and is_plain(self.attn.proj, Linear):
             scale_outputs(self.attn.proj, self.gamma_1.flatten())
             self.gamma_1 = None
-        if type(self.mlp.fc2) is Linear:
+        if self.gamma_2 is not None and is_plain(self.mlp.fc2, Linear):
             scale_outputs(self.mlp.fc2, self.gamma_2.flatten())
             self.gamma_2 = None
 

@@ -13,9 +13,9 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from flash_bla.layers import check_attention_args, resample_encoding, resample_entry
+from flash_bla.layers.norm import fold_batch_norm
 from flash_bla.models.block import Block
 from flash_bla.models.registry import Family
 
@@ -78,9 +78,9 @@ class ConvStem(PatchEmbed):
             raise ValueError(f"the patch_size of a conv_stem stays {self.patch_size}, got {patch_size}")
         super().set_input_size(img_size)
 
-    def fuse(self) -> None:
+    def fold_constants(self) -> None:
         """Folds the first batch norm into its convolution, for ``fuse_for_inference``."""
-        self.proj, self.convs[0] = fuse_conv_bn_eval(self.proj, self.convs[0]), nn.Identity()
+        self.proj, self.convs[0] = fold_batch_norm(self.proj, self.convs[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to a map of patches, channels last."""

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from timm.models import PretrainedCfg, load_state_dict
 from timm.models._hub import download_cached_file, download_from_hf, get_cache_dir
@@ -21,6 +22,11 @@ from torch import Tensor, nn
 # Official files hold their settings beside the weights, in an object of the package yacs. It is read as a plain
 # container that only bears this name: yacs, installed or not, is never imported.
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+# NumPy's scalars, as a best accuracy, are read as such, under the names that both of its major versions give them.
+torch.serialization.add_safe_globals(
+    [np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "bool"))]
+    + [(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")]
+)
 
 
 def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, Tensor] | None:
@@ -113,8 +119,10 @@ def check_weights(name: str, state_dict: dict[str, Tensor], model: nn.Module) ->
     cfg = model.pretrained_cfg
     classifiers = (cfg["classifier"],) if isinstance(cfg["classifier"], str) else tuple(cfg["classifier"])
     prefixes = tuple(f"{classifier}." for classifier in classifiers)
+    counts = ".num_batches_tracked"  # of BatchNorm, which fills it in where a file has none
     found, expected = (
-        {key for key in entries if not key.startswith(prefixes)} for entries in (state_dict, model.state_dict())
+        {key for key in entries if not key.startswith(prefixes) and not key.endswith(counts)}
+        for entries in (state_dict, model.state_dict())
     )
     if found != expected:
         missing, unknown = (", ".join(sorted(keys)[:5]) or "none" for keys in (expected - found, found - expected))

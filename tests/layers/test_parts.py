@@ -53,6 +53,7 @@ def test_registered_attention_is_created_by_name(monkeypatch):
         (lambda: create_attention("pola", 9, 3), ValueError, "multiple of 2 channels"),
         (lambda: create_attention("rala", 12, 2), ValueError, "multiple of 4 channels"),
         (lambda: create_attention("mlla", 6, 1), ValueError, "multiple of 4, got 6"),
+        (lambda: create_attention("pola", 32, 4, kernel_size=4), ValueError, r"one of \(3, 5, 7\), got 4"),
         (lambda: check_attention_args(["pola", "softmax"], {"alpa": 1}), ValueError, "'alpa'; did you mean 'alpha'"),
         (
             lambda: create_attention("rala", 32, 4)(torch.zeros(1, 5, 32), (2, 3)),
@@ -111,16 +112,25 @@ def test_depthwise_conv_shares_filters_between_heads_and_skips_prefix_tokens():
     assert out[:, 0].abs().max() == 0
 
 
-@pytest.mark.parametrize("name", ["focused", "pola", "rala"])
-def test_convolutions_with_hooks_are_called(name):
+@pytest.mark.parametrize(
+    "name, conv, calls, options",
+    [
+        ("focused", "dwc", 1, {}),
+        ("pola", "dwc", 1, {}),
+        ("rala", "lepe", 1, {}),
+        ("focused_lepe", "dwc", 1, {}),
+        ("focused_lepe", "get_v", 1, {}),
+        ("cross_window", "get_v", 4, {"split_size": 2}),  # for stripes of 2 rows and of 2 columns, and what remains
+    ],
+)
+def test_convolutions_with_hooks_are_called(name, conv, calls, options):
     """And give what the one operator does, which reads their filters alone."""
-    attention = create_attention(name, 16, 2, offer={"grid_size": (3, 4)}, dtype=torch.float64)
-    conv = next(module for module in attention.modules() if isinstance(module, DepthwiseConv))
-    x, calls = torch.randn(2, 13, 16, dtype=torch.float64), []
-    expected = attention(x, (3, 4))
-    conv.register_forward_hook(lambda *arguments: calls.append(arguments))
-    torch.testing.assert_close(attention(x, (3, 4)), expected)
-    assert len(calls) == 1
+    attention = create_attention(name, 16, 2, offer={"grid_size": (3, 5)}, dtype=torch.float64, **options)
+    x, called = torch.randn(2, 15, 16, dtype=torch.float64), []
+    expected = attention(x, (3, 5))
+    attention.get_submodule(conv).register_forward_hook(lambda *arguments: called.append(arguments))
+    torch.testing.assert_close(attention(x, (3, 5)), expected)
+    assert len(called) == calls
 
 
 def test_the_two_convolutions_of_cswin_are_one():

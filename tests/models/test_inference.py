@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
+from torch.nn.utils import prune
 
 from flash_bla.models import fuse_for_inference
 from tests.models.test_hierarchical import SMALL
@@ -81,3 +83,28 @@ def test_replaced_linear_layers_stay(name):
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(fuse_for_inference(model)(images), model(images), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+@pytest.mark.parametrize("name", TINY)
+def test_pruned_layers_stay(name, kind):
+    """Hooks compute their weights from others in each call."""
+    model = create(name, dtype=torch.float64)
+    for module in list(model.modules()):
+        if isinstance(module, kind):
+            prune.l1_unstructured(module, "weight", 0.3)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(images)  # and weights without a graph, which copies cannot have
+        torch.testing.assert_close(fuse_for_inference(model)(images), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_once_more_and_by_timm_nothing_is_folded(name):
+    """timm's ``reparameterize_model`` replaces what has a method ``fuse`` by what that returns."""
+    model = create(name, dtype=torch.float64)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    fused = fuse_for_inference(model)
+    with torch.no_grad():
+        assert torch.equal(fuse_for_inference(fused)(images), fused(images))
+        assert torch.equal(reparameterize_model(model)(images), model(images))

@@ -12,7 +12,9 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 
+import accelerate
 from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from tiny_pipelines import tiny_pipeline, tiny_unet
 
@@ -207,6 +209,26 @@ def test_device_and_type_follow_the_unet():
     unet.to("meta")
     linfusion.unmount()
     assert {(p.device.type, p.dtype) for p in unet.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_offloaded_weights_are_not_lost():
+    """Accelerate's hooks keep the weights of an offloaded UNet, where only they find them, and fetch those of mounted
+    modules as they are called."""
+    unet = tiny_unet("sd")
+    call = torch.randn(1, 4, 6, 10), 3, torch.randn(1, 5, 16)
+    before = unet(*call).sample
+    linfusion = LinFusion.construct_for(unet=unet, load_pretrained=False)
+    mounted = unet(*call).sample
+    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(unet(*call).sample, mounted)
+    with pytest.raises(ValueError, match="Accelerate's hooks keep the UNet's weights elsewhere"):
+        linfusion.unmount()
+    accelerate.hooks.remove_hook_from_module(unet, recurse=True)
+    linfusion.unmount()
+    assert torch.equal(unet(*call).sample, before)
+    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="Accelerate's hooks keep the UNet's weights elsewhere"):
+        linfusion.mount_to(unet=unet)
 
 
 def test_float16_at_16384_tokens():

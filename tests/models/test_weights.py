@@ -91,7 +91,7 @@ def save(yacs):
         optimizer = {"state": {0: {"step": 1, "exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 5e-4, "params": [0]}]}
         content = {"optimizer": optimizer, "lr_scheduler": {"values": [0.1]}, "epoch": 299, **more}
         if script == "swin":
-            yacs({"model": entries, "max_accuracy": 78.8, "scaler": {"scale": 65536.0}, **content}, path)
+            yacs({"model": entries, "max_accuracy": np.float64(78.8), "scaler": {"scale": 65536.0}, **content}, path)
         else:
             entries = {f"module.{key}": value for key, value in entries.items()}
             torch.save({"model": entries, "args": argparse.Namespace(lr=5e-4, data_set="IMNET"), **content}, path)
