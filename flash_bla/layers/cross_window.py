@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flash_bla.layers.attention import register_attention
 from flash_bla.layers.conv import DepthwiseConv
 from flash_bla.layers.dense import Linear
-from flash_bla.layers.hooks import is_plain
+from flash_bla.layers.hooks import is_untouched
 from flash_bla.layers.tokens import head_width
 from flash_bla.layers.window import merge_windows, split_windows, whole_grid
 from flash_bla.ops.arguments import merge_heads, split_heads
@@ -102,7 +102,7 @@ class CrossShapedWindowAttention(nn.Module):
     def _convolve(self, v: Tensor, window: tuple[int, int], side: int) -> Tensor:
         """The convolution of the values of windows, with the filters of their half of the channels."""
         half = v.shape[-1]
-        if not is_plain(self.get_v, DepthwiseConv):  # it is called on all channels, the other half of which are zeros
+        if not is_untouched(self.get_v, DepthwiseConv):  # called on all channels, half of them zeros
             return self.get_v(F.pad(v, (0, half) if side == 2 else (half, 0)), window).chunk(2, -1)[2 - side]
         weight, bias = (x.chunk(2)[2 - side] for x in (self.get_v.weight, self.get_v.bias))
         image = v.unflatten(1, window).permute(0, 3, 1, 2)

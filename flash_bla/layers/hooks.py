@@ -11,7 +11,12 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
 
     Nor a ``forward`` of its own, which Accelerate's hooks are; nor has it been compiled by itself.
     """
+    return is_untouched(module, cls) and not _has_any_global_hook()
+
+
+def is_untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """``is_plain`` even if there are hooks for all modules, as of a counter of operations, which then do not see it."""
     return type(module) is cls and not (
         module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-        or "forward" in module.__dict__ or module._compiled_call_impl is not None or _has_any_global_hook()
+        or "forward" in module.__dict__ or module._compiled_call_impl is not None
     )  # fmt: skip

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_bla.layers import DepthwiseConv, FocusedLinearAttention, LayerNorm, register_attention
-from flash_bla.layers.hooks import is_plain
+from flash_bla.layers.hooks import is_untouched
 from flash_bla.models.block import Block
 from flash_bla.models.hierarchical import (
     ConvEmbed,
@@ -74,7 +74,7 @@ class FocusedLePE(FocusedLinearAttention):
 
     def attend(self, qkv: Tensor, grid: tuple[int, int], **options: Any) -> Tensor:
         """Attention and both convolutions, which are linear: one with the sum of their filters does."""
-        if not (is_plain(self.dwc, DepthwiseConv) and is_plain(self.get_v, DepthwiseConv)):
+        if not (is_untouched(self.dwc, DepthwiseConv) and is_untouched(self.get_v, DepthwiseConv)):
             v = qkv[:, :, 2].flatten(2)
             return super().attend(qkv, grid, **options) + self.get_v(v, grid)
         border = (self.dwc.weight.shape[2] - self.get_v.weight.shape[2]) // 2

@@ -155,7 +155,11 @@ class LinFusion(ModelMixin, ConfigMixin):
         self._mounted = unet, replaced
 
     def unmount(self) -> None:
-        """Gives the UNet its self-attentions back, on the device and in the type that it has now."""
+        """Gives the UNet its self-attentions back, on the device and in the type that it has now.
+
+        Raises:
+            ValueError: The UNet's weights are offloaded.
+        """
         if self._mounted:
             _replace(*self._mounted)
             self._mounted = None

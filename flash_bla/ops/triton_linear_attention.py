@@ -124,7 +124,7 @@ def record_forward(record: Record, *arguments: Any) -> tuple[Tensor, Tensor | No
     *tensors, options, keep_state = arguments
     p, _ = _start(record, tensors, options)
     ratios = p.empty_ratios()
-    if ratios is not None and not p.sole_head:  # whose loops compute them
+    if ratios is not None and not p.ratios_in_loops:  # whose loops compute them
         write_norm_ratios(record, ratios, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
     return *_record_output(record, p.with_ratios(ratios), keep_state), ratios
 
@@ -177,7 +177,7 @@ def record_gradients(
     if ratios is not None:
         dq, dk, _ = unpack(*gradients)
         dr, (_, key_ratios) = dwk, split_ratios(ratios, p.q, p.k)
-        if p.sole_head:
+        if p.ratios_in_loops:
             dk = dr = None  # the loops have added that
         elif p.key_weight is not None and keys:
             dr, dwk = multiply(record, dwk, p.key_weight), multiply(record, dwk, key_ratios.expand_as(dwk))
@@ -219,9 +219,9 @@ def _record_gradients(
     key_splits = _split(key_kernel, p, k.shape[2]) if keys and not whole else 0
     da = da_queries = da_keys = None
     if parameter is not None:
-        # rows of queries and keys or, if their terms all come by the ratios, of those
+        # rows of queries and keys or, if their terms come by the ratios, of those, with the keys' where loops add them
         rows = [query_splits * p.sequences, key_splits * p.sequences]
-        if p.sole_head:
+        if p.ratios_in_loops:
             rows = [p.sequences, rows[1] + ratio_gradient_programs(q, k, False, record.device)]
         elif focusing:
             rows = [p.sequences, ratio_gradient_programs(q, k, keys, record.device)]
@@ -245,7 +245,7 @@ def _record_gradients(
     )  # fmt: skip
     if p.softmax:
         arguments["d_mean_ptr"] = arguments["sums_ptr"] = p.new_empty(key_splits, *q.shape[:2], q.shape[3])
-    if p.sole_head:
+    if p.ratios_in_loops:
         arguments["sums_ptr"] = da_keys
     if signed:
         arguments |= _row_numbers(p)

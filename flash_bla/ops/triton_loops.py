@@ -43,7 +43,7 @@ def sum_keys(
     rope_strides, mean, batch, head, heads, first, begin, end, count, scale,
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """S = s Σ φ(k)ᵀ v and z = Σ φ̃(k) / M over the rows from ``begin`` to ``end``.
+    """S = s Σ φ(k)ᵀ v and z = Σ φ̃(k) / M over the rows from ``begin`` to ``end``; with ``RATIOS`` writes the weights.
 
     With ``SOFTMAX`` a key's weight is M softmax(mean · φ(k)), of which the rows' share of the sums is known: S, z, and
     the logarithm of the share, to base 2. ``mean`` is (1, BLOCK_D), the weights' logarithm to base 2.
@@ -132,7 +132,7 @@ def write_output(
     plus, z_plus, batch, head, heads, first, begin, end, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """o = φ(q) S / (φ̃(q) · z + ε)."""
+    """o = φ(q) S / (φ̃(q) · z + ε); with ``RATIOS`` writes the weights."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
@@ -399,7 +399,7 @@ def differentiate_keys(
             if C.SOFTMAX:
                 dw += dz_plus * (phi * w)
         if C.RATIOS:
-            d_phi *= w
+            d_phi *= w  # the ratio, as the forward pass has left it
             _, u, inverse_norm, powers = _norm_ratio(k, a, C)
             du = _norm_ratio_gradient(u, inverse_norm, powers, _by_head(d_phi * phi, C), C)
             sums -= _by_eighth(du * u, C)

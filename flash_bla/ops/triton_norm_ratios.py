@@ -6,7 +6,8 @@ in which nothing overflows, r = n^((1 - p) / 2) / (Σ sᵖ)^½ and
     dr/du = r / n · u · (1 - p s^(p - 1) / Σ sᵖ)
 
 Where there is a denominator, the queries' ratio cancels but for ε, and its gradient is zero in half precision, mostly.
-A token's only head has all channels in its own loops, which compute the ratios, and the keys' gradients by them, there.
+Where a token has but one head, the loops over its rows compute the ratios and add the keys' gradient by them, mostly
+(``Problem.ratios_in_loops``).
 """
 
 from __future__ import annotations

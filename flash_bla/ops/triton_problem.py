@@ -70,8 +70,12 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     @property
-    def sole_head(self) -> bool:
-        """Whether a head has all that its token's norm ratio is of, so that the loops can compute it."""
+    def ratios_in_loops(self) -> bool:
+        """Whether the loops compute the norm ratios: those of heads that have all channels of their tokens.
+
+        Not where their weights are the ratios' products with others, where the backward pass would write them again,
+        and where a wide tile leaves no registers for it.
+        """
         return (
             self.feature_map == "focusing_power" and self.q.shape[1] == 1 and not self.masked
             and not self.sums_keys_again and max(self.q.shape[3], self.v.shape[3]) <= 64
@@ -142,7 +146,7 @@ class Problem(NamedTuple):
             self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None, self.softmax,
             self.cu_seqlens is not None, self.scale is None,
             self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
-            any(is_wide(x) for x in (self.q, self.k, self.v)), self.align, self.sole_head, self.plain,
+            any(is_wide(x) for x in (self.q, self.k, self.v)), self.align, self.ratios_in_loops, self.plain,
         )  # fmt: skip
         return plan(kernel, D, self.v.shape[3], H, self.q.dtype, is_hopper(self.record.device), flags)
 

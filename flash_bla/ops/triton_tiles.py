@@ -35,7 +35,7 @@ class Config(NamedTuple):
     FEW: bool  # keys: z sums rounded features
     WIDE: bool  # tiles that span 2³¹ elements and more
     ALIGN: int  # divides all strides but the columns'
-    RATIOS: bool  # the loops compute the norm ratios, and the keys' gradient by them
+    RATIOS: bool  # the loops compute the norm ratios and leave them as weights, and add the keys' gradient by them
     PLAIN: bool  # the loops of triton_plain.py do all that is asked for
 
 
