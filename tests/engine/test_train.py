@@ -38,6 +38,7 @@ def test_a_run_and_what_it_writes(train, load, tmp_path, capsys):
     last = load("run")
     assert (last["epoch"], last["update"], last["model"]["name"]) == (2, 0, "tiny_pola_vit")
     assert last["class_names"] == [str(digit) for digit in range(10)]
+    assert last.keys() == {*checkpoint_module.STATE, "data"}  # which is for others: a run finds its own
     assert "optimizer" not in load("run", "best")
     output = capsys.readouterr().out
     assert "rates    lr 0.01, warmup_lr 1e-06" in output and "curve.png" in output
