@@ -290,23 +290,32 @@ def test_other_class_names_of_a_data_set_without_folders_are_told(capsys):
     assert "number 9 is '9', for the model it is None" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["folder", "torch/folder", "tar"])
-def test_hidden_folders_are_no_classes(name, pictures, tmp_path):
+@pytest.mark.parametrize("name", ["folder", "torch/folder"])
+def test_hidden_folders_are_no_classes(name, pictures):
     root = pictures()
     for hidden in ("train/.ipynb_checkpoints", "train/grey/.ipynb_checkpoints", "train/.trash/new"):
         shutil.copytree(root / "train" / "dark", root / hidden)
-    if name == "tar":
-        with tarfile.open(tmp_path / "train.tar", "w") as tar:
-            tar.add(root / "train", "train")
-        with pytest.raises(RunError, match="train.tar holds images in the folder '.ipynb_checkpoints'"):
-            open_dataset(folder(tmp_path / "train.tar"), training=True)
-        return
     config = settings(dataset=name, data_dir=str(root))
     for given in (None, ["dark", "grey", "light"]):
         dataset = open_dataset(config, training=True, class_names=given)
         assert class_names_of(dataset) == ["dark", "grey", "light"]
         samples = (dataset.reader if name == "folder" else dataset).samples
         assert [target for _, target in samples] == [0] * 8 + [1] * 8 + [2] * 8
+
+
+@pytest.mark.parametrize("hidden", ["", ".ipynb_checkpoints", "grey/.ipynb_checkpoints", ".trash/new"])
+@pytest.mark.parametrize("name", ["train", "."])
+def test_hidden_folders_of_a_tar_file_are_refused(name, hidden, pictures, tmp_path):
+    root = pictures() / "train"
+    if hidden:
+        shutil.copytree(root / "dark", root / hidden)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(root, name)
+    if not hidden:
+        assert len(open_dataset(folder(tmp_path / "train.tar"), training=True)) == 24
+        return
+    with pytest.raises(RunError, match=f"train.tar holds images in the hidden folder '{name}/{hidden}'"):
+        open_dataset(folder(tmp_path / "train.tar"), training=True)
 
 
 @pytest.mark.parametrize("name", ["folder", "torch/folder", "wds/"])
