@@ -114,6 +114,8 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
     reading = reading if name.startswith(("tfds/", "wds/", "hfids/")) else {}
     if name.startswith(("wds/", "hfids/")):
         reading["input_img_mode"] = ""  # as the file has it, for `in_mode`
+    if name in ("torch/folder", "torch/image_folder"):
+        reading["allow_empty"] = True  # hidden ones may be; `_numbered` refuses the others
     try:
         dataset = create_dataset(
             name, root=root, split=split, class_map=class_map, is_training=training, download=config.download, **reading
@@ -159,11 +161,19 @@ def _numbered(dataset: Any, class_names: Sequence[str] | None, name: str) -> Any
     if type(dataset) is ImageFolder:  # those derived from it have a fixed list of classes
         dataset.loader = Image.open  # its own makes it RGB at once, and so clips what has 16 bits
         labels = [dataset.classes[target] for _, target in dataset.samples]
-        numbers = {label: number for number, label in enumerate(class_names or dict.fromkeys(labels))}
-        if unknown := set(labels) - numbers.keys():
+        found = dict.fromkeys(labels)  # in their order
+        if empty := [label for label in dataset.classes if label not in found and not _is_hidden(label)]:
+            read = ", ".join(dataset.extensions)
+            raise RunError(f"the class {empty[0]!r} is empty: no image in {dataset.root}/{empty[0]} ({read})")
+        if not found:
+            raise RunError(f"no image in {dataset.root} but in hidden folders")
+        numbers = {label: number for number, label in enumerate(class_names or found)}
+        if unknown := found.keys() - numbers.keys():
             raise RunError(f"the folder {min(unknown)!r} in {dataset.root} {_none_of(class_names)}")
-        dataset.samples = [(path, numbers[label]) for (path, _), label in zip(dataset.samples, labels, strict=True)]
-        dataset.classes = list(numbers)
+        dataset.targets = [numbers[label] for label in labels]
+        paths = [path for path, _ in dataset.samples]
+        dataset.samples = dataset.imgs = list(zip(paths, dataset.targets, strict=True))
+        dataset.classes, dataset.class_to_idx = list(numbers), numbers
     names = class_names_of(dataset)
     if class_names and names and list(class_names) != names and _is_first():
         pairs = enumerate(zip_longest(class_names, names))

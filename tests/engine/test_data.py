@@ -275,9 +275,14 @@ def test_torchvision_folders(name, pictures):
     # The model's classes keep their numbers, also where the folder has fewer or sorts them otherwise.
     names = ["light", "dark", "other", "grey"]
     assert targets_of(config, class_names=names) == [1] * 3 + [3] * 3 + [0] * 3
-    assert class_names_of(open_dataset(config, training=False, class_names=names)) == names
+    dataset = open_dataset(config, training=False, class_names=names)
+    assert class_names_of(dataset) == names and dataset.class_to_idx == {"light": 0, "dark": 1, "other": 2, "grey": 3}
+    assert dataset.imgs == dataset.samples and dataset.targets == [target for _, target in dataset.samples]
     with pytest.raises(RunError, match=f"the folder 'dark' in {root}/val is none of the 2 classes .*: grey, light"):
         open_dataset(config, training=False, class_names=["grey", "light"])
+    (root / "val" / "empty").mkdir()
+    with pytest.raises(RunError, match=f"^the class 'empty' is empty: no image in {root}/val/empty [(].jpg, "):
+        open_dataset(config, training=False, class_names=[*names, "empty"])
 
 
 def test_other_class_names_of_a_data_set_without_folders_are_told(capsys):
@@ -295,12 +300,17 @@ def test_hidden_folders_are_no_classes(name, pictures):
     root = pictures()
     for hidden in ("train/.ipynb_checkpoints", "train/grey/.ipynb_checkpoints", "train/.trash/new"):
         shutil.copytree(root / "train" / "dark", root / hidden)
+    (root / "train" / ".cache").mkdir()
     config = settings(dataset=name, data_dir=str(root))
     for given in (None, ["dark", "grey", "light"]):
         dataset = open_dataset(config, training=True, class_names=given)
         assert class_names_of(dataset) == ["dark", "grey", "light"]
         samples = (dataset.reader if name == "folder" else dataset).samples
         assert [target for _, target in samples] == [0] * 8 + [1] * 8 + [2] * 8
+    for shade in ("dark", "grey", "light"):
+        shutil.rmtree(root / "train" / shade)
+    with pytest.raises(RunError, match=f"no image in {root}/train"):
+        open_dataset(config, training=True)
 
 
 @pytest.mark.parametrize("hidden", ["", ".ipynb_checkpoints", "grey/.ipynb_checkpoints", ".trash/new"])
