@@ -159,6 +159,7 @@ def test_sizes_in_one_run_and_results_side_by_side(pictures, tmp_path, capsys):
     flags = ["--model", "test_vit", "--num-classes", "3", "--data-dir", str(pictures()), "--device", "cpu"]
     flags += ["--workers", "0", "--batch-size", "4"]
     first, second = tmp_path / "results" / "first", tmp_path / "results" / "second"
+    first.mkdir(parents=True)  # a folder beside the files of its name
     torch.manual_seed(0)  # the weights
     rows = eval_script.main([*flags, "--sizes", "16", "32", "--output", str(first)])
     assert [row["input_size"] for row in rows] == [[3, 16, 16], [3, 32, 32]]
