@@ -85,7 +85,7 @@ def open_datasets(config: EvalConfig, model: nn.Module, content: dict[str, Any])
 
 def evaluate_datasets(config: EvalConfig, processes: Processes) -> list[dict[str, Any]]:
     """Accuracies, loss, calibration and speed, a row for each size and data set; also written to files of OUTPUT."""
-    if processes.first and config.output:
+    if processes.first and config.output is not None:
         prepare_output(config.output, ENDINGS)
     rows, class_rows, datasets = [], [], None
     for size in config.sizes or [None]:

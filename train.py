@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
@@ -52,7 +51,7 @@ from flash_bla.engine.distillation import Teacher, distillation_loss
 from flash_bla.engine.evaluation import autocast, evaluate
 from flash_bla.engine.finetune import choose_trained, replace_attention, start_training
 from flash_bla.engine.logs import LossMeter, RunLog, memory_used, warn
-from flash_bla.engine.model import create_model, set_grad_checkpointing
+from flash_bla.engine.model import create_model, create_optimizer, set_grad_checkpointing
 from flash_bla.engine.norms import RunningStatistics, sync_batch_norms
 from flash_bla.engine.pictures import save_preview
 from flash_bla.engine.processes import Processes, StopRequest, mixed_seed, start_processes
@@ -99,16 +98,7 @@ def train(config: TrainConfig, processes: Processes) -> int:
     order = TrainOrder(image_count(train_set), config, processes)
     updates = order.updates_per_epoch
     rates, averaging = config.learning_rates(order.total_batch), config.averaging(order.total_batch)
-    optimizer = create_optimizer_v2(
-        model,
-        opt=config.opt,
-        lr=rates["lr"],
-        weight_decay=config.weight_decay,
-        betas=tuple(config.betas),
-        eps=config.eps,
-        layer_decay=config.layer_decay,
-        **({"fused": True} if config.opt in ("adam", "adamw") else {}),
-    )
+    optimizer = create_optimizer(model, config, rates["lr"])
     schedule, epochs = create_scheduler_v2(
         optimizer,
         sched="cosine",

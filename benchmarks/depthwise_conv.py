@@ -8,7 +8,7 @@ pass, of the input's gradient, of the filters' gradient, and of both in one call
 take turns among inputs that exceed three L2 caches; and the time that the fewest bytes take to be copied on the same
 device, the roofline. The baselines are ``F.conv2d`` with and without cuDNN on maps in both memory layouts, without
 bias. Each result is first compared with float32. Rows go to OUTPUT/depthwise_conv.csv, where they replace older ones of
-the same key; the table beside it is of the device that was measured last.
+the same key; the table beside it is of the device just measured, with --plot-only of that with the latest date.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.results import markdown, measured_on, merge_rows, of_latest_device, read_rows
+from benchmarks.results import markdown, measured_on, merge_rows, of_one_device, read_rows
 from flash_bla.ops.triton_depthwise_conv import depthwise_conv_backward, depthwise_conv_forward
 
 BATCH = 128
@@ -215,10 +215,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot-only", action="store_true", help="measure nothing")
     args = parser.parse_args(argv)
     path = args.output / "depthwise_conv.csv"
+    measured = None
     if not args.plot_only:
         for row in measure_all(args, torch.device("cuda" if torch.cuda.is_available() else "cpu")):
             merge_rows(path, COLUMNS, KEY, [row])
-    rows = of_latest_device(read_rows(path))
+            measured = row["device"]
+    rows = of_one_device(read_rows(path), measured)
     if not rows:
         sys.exit(f"error: there is nothing in {path}")
     (args.output / "depthwise_conv.md").write_text(table(rows), encoding="utf-8")

@@ -16,7 +16,7 @@ measured as PyTorch chooses its kernel and with flash attention and cuDNN each (
 cuDNN); what counts is the fastest.
 
 Rows go to OUTPUT/diffusion.csv, where they replace older ones of the same key; the table (diffusion.md) and the plot
-beside it are made from that file alone, of the device that was measured last.
+beside it are made from that file alone, of the device just measured, with --plot-only of that with the latest date.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import timing
-from benchmarks.results import markdown, measured_on, merge_rows, of_latest_device, read_rows
+from benchmarks.results import markdown, measured_on, merge_rows, of_one_device, read_rows
 from flash_bla import linear_attention, piecewise_sparse_attention
 from flash_bla.layers import GeneralizedLinearAttention
 from flash_bla.ops.arguments import merge_heads, split_heads
@@ -350,9 +350,9 @@ def draw(rows: Rows) -> Figure:
     return figure
 
 
-def write_report(output: Path) -> None:
-    """The table and plot of OUTPUT/diffusion.csv."""
-    rows = of_latest_device(read_rows(output / "diffusion.csv"))
+def write_report(output: Path, measured: str | None) -> None:
+    """The table and plot of OUTPUT/diffusion.csv, see `of_one_device`."""
+    rows = of_one_device(read_rows(output / "diffusion.csv"), measured)
     if not rows:
         sys.exit(f"error: there is nothing in {output / 'diffusion.csv'}")
     (output / "diffusion.md").write_text(tables(rows), encoding="utf-8")
@@ -374,13 +374,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Correctness, measurements, report."""
     args = parse(argv)
+    measured = None
     if not args.plot_only:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with timing.side_stream(device):
             check(args.parts, device)
             for row in measure_all(args, device):
                 merge_rows(args.output / "diffusion.csv", COLUMNS, KEY, [row])
-    write_report(args.output)
+                measured = row["device"]
+    write_report(args.output, measured)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ cross entropy, backward pass and fused AdamW; "-compiled" is torch.compile with 
 for each image size anew, in a process of its own. JOBS processes compile at a time (with more than one, those of the
 eager models, too, whose kernels Triton compiles), and then each is measured alone. Rows go to OUTPUT/models.csv, where
 they replace older ones of the same key, so that one table can be measured in several calls; what failed is a row that
-says why. The tables (models.md) and plots beside it are made from that file alone.
+says why. The tables (models.md) and plots beside it are made from that file alone, the plots for the device just
+measured, with --plot-only for that with the latest date.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from matplotlib.figure import Figure
 
 import flash_bla  # noqa: F401  registers its models
 from benchmarks import timing
-from benchmarks.results import markdown, measured_on, merge_rows, of_latest_device, read_rows
+from benchmarks.results import markdown, measured_on, merge_rows, of_one_device, read_rows
 
 # Models to compare with each other; the last one of each group is timm's.
 GROUPS = {
@@ -300,13 +301,13 @@ def draw(rows: list[dict[str, str]], mode: str) -> Figure:
     return figure
 
 
-def write_report(output: Path) -> None:
-    """The tables and plots of OUTPUT/models.csv."""
+def write_report(output: Path, measured: str | None) -> None:
+    """The tables and plots of OUTPUT/models.csv, see `of_one_device`."""
     rows = read_rows(output / "models.csv")
     if not rows:
         sys.exit(f"error: there is nothing in {output / 'models.csv'}")
     (output / "models.md").write_text(tables(rows), encoding="utf-8")
-    rows = of_latest_device(rows)
+    rows = of_one_device(rows, measured)
     for mode in MODES:
         if any(row["mode"] == mode and row["images_s"] for row in rows):
             draw(rows, mode).savefig(output / f"models_{mode}.png", dpi=150)
@@ -353,10 +354,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             (args.output / f"profile_{args.profile}_{mode}.txt").write_text(text, encoding="utf-8")
             print("\n".join(text.splitlines()[:25]))
         return
+    measured = None
     if not args.plot_only:
         for row in measure_all(args, device):
             merge_rows(args.output / "models.csv", COLUMNS, KEY, [row])
-    write_report(args.output)
+            measured = row["device"]
+    write_report(args.output, measured)
 
 
 if __name__ == "__main__":

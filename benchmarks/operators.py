@@ -14,7 +14,8 @@ measures, forward and backward, for each operator and shape:
 
 q, k and v are views of one projection's output (B, N, 3, H, D), as in models, and the output's gradient is laid out as
 (B, N, H, D). Rows go to OUTPUT/operators.csv, where they replace older ones of the same key; the tables
-(operators.md) and plots beside it are made from that file alone, of the device that was measured last.
+(operators.md) and plots beside it are made from that file alone, of the device just measured, with --plot-only of that
+with the latest date.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from benchmarks import timing
-from benchmarks.results import markdown, measured_on, merge_rows, of_latest_device, read_rows
+from benchmarks.results import markdown, measured_on, merge_rows, of_one_device, read_rows
 from flash_bla import linear_attention, simple_la, varlen_linear_attention
 from flash_bla.layers.rope import axial_rope
 from flash_bla.ops import focusing_power, signed_power
@@ -423,9 +424,9 @@ def draw_roofline(rows: list[dict[str, str]]) -> Figure:
     return figure
 
 
-def write_report(output: Path) -> None:
-    """The tables and plots of OUTPUT/operators.csv."""
-    rows = of_latest_device(read_rows(output / "operators.csv"))
+def write_report(output: Path, measured: str | None) -> None:
+    """The tables and plots of OUTPUT/operators.csv, see `of_one_device`."""
+    rows = of_one_device(read_rows(output / "operators.csv"), measured)
     if not rows:
         sys.exit(f"error: there is nothing in {output / 'operators.csv'}")
     (output / "operators.md").write_text(tables(rows), encoding="utf-8")
@@ -464,13 +465,15 @@ def _parse_shape(text: str) -> tuple[int, ...]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Correctness, measurements, report."""
     args = parse(argv)
+    measured = None
     if not args.plot_only:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with timing.side_stream(device):
             check(args.ops, CHECKED_SHAPE, args.layout, device)
             for row in measure_all(args, device):
                 merge_rows(args.output / "operators.csv", COLUMNS, KEY, [row])
-    write_report(args.output)
+                measured = row["device"]
+    write_report(args.output, measured)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,15 @@ def measured_on(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
-def of_latest_device(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows of the device that was measured last, for tables that have no place to tell devices apart."""
-    latest = max(reversed(rows), key=lambda row: row["date"], default=None)
-    return [row for row in rows if row["device"] == latest["device"]]
+def of_one_device(rows: Sequence[dict[str, str]], measured: str | None) -> list[dict[str, str]]:
+    """The rows of one device, for tables that have no place to tell devices apart.
+
+    It is the device just measured. If nothing was, it is that of the latest date, and of several then the one with the
+    last row: the file, where rows stay in their place, does not say which was measured later that day.
+    """
+    if measured is None:
+        measured = max(reversed(rows), key=lambda row: row["date"], default={"device": None})["device"]
+    return [row for row in rows if row["device"] == measured]
 
 
 def _text(value: object) -> str:

@@ -6,7 +6,7 @@
 It makes pictures of eight classes (gratings under noise), and trains mlla_tiny on them under torchrun with each number
 of processes: --batch-size images in a pass of each, and as many passes to an update as give all runs one total batch.
 The pictures are held in memory and augmented on the device, so that no loader is in the way. It prints, and writes to
-scaling.csv, the median images/s over the epochs but the first (unless that is the only one), its ratio to that of the
+scaling.csv, the median images/s over the epochs but the first (unless no other was measured), its ratio to that of the
 first run, and the training loss of each epoch. A run that is complete is not repeated, and one of other flags refused.
 With `--device cpu` the processes talk by gloo: enough to try it.
 """
@@ -62,11 +62,11 @@ def train(processes: int, passes: int, folder: Path, flags: Sequence[str]) -> li
 
 def table(logs: dict[int, list[dict[str, str]]]) -> list[dict[str, Any]]:
     """A row for each number of processes."""
-    measured = {
-        count: [float(row["images_per_second"]) for row in rows if row["images_per_second"]]
-        for count, rows in logs.items()
-    }
-    speeds = {count: statistics.median(rates[1:] or rates) for count, rates in measured.items()}
+
+    def measured(rows: list[dict[str, str]]) -> list[float]:
+        return [float(row["images_per_second"]) for row in rows if row["images_per_second"]]
+
+    speeds = {count: statistics.median(measured(rows[1:]) or measured(rows)) for count, rows in logs.items()}
     first = next(iter(speeds.values()))
     return [
         {

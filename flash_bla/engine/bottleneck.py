@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 
 from flash_bla.engine.augment import KeyedImages, device_augmentation
 from flash_bla.engine.config import RunError, TrainConfig, parse_train
@@ -31,7 +30,7 @@ from flash_bla.engine.data import (
 )
 from flash_bla.engine.evaluation import autocast
 from flash_bla.engine.finetune import choose_trained, start_training
-from flash_bla.engine.model import create_model, set_grad_checkpointing
+from flash_bla.engine.model import create_model, create_optimizer, set_grad_checkpointing
 from flash_bla.engine.processes import Processes, start_processes
 
 SECONDS = 10.0  # of each measurement
@@ -69,7 +68,7 @@ def measure(config: TrainConfig, processes: Processes, seconds: float = SECONDS)
         set_grad_checkpointing(model, config)
     model.to(device)
     start_training(model, config)
-    optimizer = create_optimizer_v2(model, opt=config.opt, lr=config.learning_rates(config.batch_size)["lr"])
+    optimizer = create_optimizer(model, config, config.lr)  # not scaled to the total batch: no rate changes the speed
     run = torch.compile(model, mode=config.compile_mode) if config.compile else model
     to_device = ToDevice(data["mean"], data["std"], device, device_augmentation(config, data, device))
 

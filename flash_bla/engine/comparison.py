@@ -56,7 +56,7 @@ def compare(files: Sequence[str], output: str | None) -> list[dict[str, Any]]:
         row for path in paths for row in _read(path, path.stem if stems[path.stem] == 1 else str(path.with_suffix("")))
     ]
     order = list(dict.fromkeys(row["dataset"] for row in rows))
-    if output:
+    if output is not None:
         prepare_output(output, (".csv", ".png"))
     rows.sort(key=lambda row: (order.index(row["dataset"]), -row["top1"]))
     table = [list(COLUMNS), ["---"] * len(COLUMNS), *([show(row) for show in COLUMNS.values()] for row in rows)]

@@ -114,6 +114,8 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
     reading = reading if name.startswith(("tfds/", "wds/", "hfids/")) else {}
     if name.startswith(("wds/", "hfids/")):
         reading["input_img_mode"] = ""  # as the file has it, for `in_mode`
+    if name in ("torch/folder", "torch/image_folder"):
+        reading["allow_empty"] = True  # hidden ones may be; `_numbered` refuses the others
     try:
         dataset = create_dataset(
             name, root=root, split=split, class_map=class_map, is_training=training, download=config.download, **reading
@@ -121,7 +123,7 @@ def open_dataset(config: CommonConfig, *, training: bool, class_names: Sequence[
     except (RuntimeError, AssertionError, ImportError, OSError, ValueError, tarfile.TarError) as error:
         raise RunError(f"the data set {config.dataset!r} in {root} cannot be read: {error}") from error
     if not name and os.path.isfile(root):
-        _check_tar(root, class_names_of(dataset))
+        _check_tar(root, dataset.reader.samples)
     return _numbered(dataset, class_names, config.dataset)
 
 
@@ -132,13 +134,15 @@ def _tar_of(root: str, split: str) -> str | None:
     return next((f"{path}.tar" for path in paths if os.path.isfile(f"{path}.tar") and not os.path.isdir(path)), None)
 
 
-def _check_tar(path: str, labels: Sequence[str]) -> None:
+def _check_tar(path: str, samples: Sequence[tuple[tarfile.TarInfo, str | None, tarfile.TarInfo | None]]) -> None:
     """Refuses a file that was cut off between two of its members, which reads as if it had no more of them.
 
-    And one with images in hidden folders, which would be classes.
+    And one with images in hidden folders, which would be images of a class.
     """
-    if hidden := [label for label in labels if label.startswith(".")]:
-        raise RunError(f"{path} holds images in the folder {hidden[0]!r}, which would be a class: leave it out")
+    for member, _, inner in samples:  # of the file, or of a tar file in it
+        folder = os.path.join(inner.path if inner else "", os.path.dirname(member.path))
+        if _is_hidden(folder):
+            raise RunError(f"{path} holds images in the hidden folder {folder!r}, which would be read: leave it out")
     with open(path, "rb") as file:
         file.seek(-min(1024, os.path.getsize(path)), os.SEEK_END)
         if any(file.read()):  # two blocks of zeros
@@ -152,15 +156,24 @@ def _numbered(dataset: Any, class_names: Sequence[str] | None, name: str) -> Any
     """
     folders = getattr(dataset, "reader", dataset)
     if type(folders) in (ReaderImageFolder, ImageFolder):
-        folders.samples = [sample for sample in folders.samples if not _is_hidden(sample[0], folders.root)]
+        start = len(folders.root)  # which may itself be hidden
+        folders.samples = [sample for sample in folders.samples if not _is_hidden(os.path.dirname(sample[0])[start:])]
     if type(dataset) is ImageFolder:  # those derived from it have a fixed list of classes
         dataset.loader = Image.open  # its own makes it RGB at once, and so clips what has 16 bits
         labels = [dataset.classes[target] for _, target in dataset.samples]
-        numbers = {label: number for number, label in enumerate(class_names or dict.fromkeys(labels))}
-        if unknown := set(labels) - numbers.keys():
+        found = dict.fromkeys(labels)  # in their order
+        if empty := [label for label in dataset.classes if label not in found and not _is_hidden(label)]:
+            read = ", ".join(dataset.extensions)
+            raise RunError(f"the class {empty[0]!r} is empty: no image in {dataset.root}/{empty[0]} ({read})")
+        if not found:
+            raise RunError(f"no image in {dataset.root} but in hidden folders")
+        numbers = {label: number for number, label in enumerate(class_names or found)}
+        if unknown := found.keys() - numbers.keys():
             raise RunError(f"the folder {min(unknown)!r} in {dataset.root} {_none_of(class_names)}")
-        dataset.samples = [(path, numbers[label]) for (path, _), label in zip(dataset.samples, labels, strict=True)]
-        dataset.classes = list(numbers)
+        dataset.targets = [numbers[label] for label in labels]
+        paths = [path for path, _ in dataset.samples]
+        dataset.samples = dataset.imgs = list(zip(paths, dataset.targets, strict=True))
+        dataset.classes, dataset.class_to_idx = list(numbers), numbers
     names = class_names_of(dataset)
     if class_names and names and list(class_names) != names and _is_first():
         pairs = enumerate(zip_longest(class_names, names))
@@ -169,9 +182,9 @@ def _numbered(dataset: Any, class_names: Sequence[str] | None, name: str) -> Any
     return dataset
 
 
-def _is_hidden(path: str, root: str) -> bool:
-    """Whether a file stands in a hidden folder, as Jupyter's .ipynb_checkpoints."""
-    return f"{os.sep}." in os.path.dirname(path)[len(root.rstrip(os.sep)) :]
+def _is_hidden(folder: str) -> bool:
+    """Whether a folder is hidden, as Jupyter's .ipynb_checkpoints, or in a hidden one."""
+    return any(part.startswith(".") and part.strip(".") for part in folder.split(os.sep))  # not "." and ".."
 
 
 def _none_of(class_names: Sequence[str]) -> str:

@@ -180,11 +180,12 @@ def prepare_output(output: str, endings: Sequence[str]) -> None:
     """Makes the folder for the files OUTPUT.ENDING of results, before any work goes into them.
 
     Raises:
-        RunError: OUTPUT is a folder, one of the files is of a training run, or they cannot be written there.
+        RunError: OUTPUT ends in no name, one of the files is of a training run, or they cannot be written there.
     """
+    if os.path.basename(output) in ("", ".", ".."):
+        place, names = os.path.join(output, "NAME"), ", NAME".join(endings)
+        raise RunError(f"output: {output!r} ends in no name for files; give {place}, which writes NAME{names}")
     path = Path(output)
-    if output.endswith("/") or path.is_dir():
-        raise RunError(f"output: the folder {output} is no name for files, which are NAME{', NAME'.join(endings)}")
     own = [path.name + ending for ending in endings if path.name + ending in LOGS]
     if own and (path.parent / "config.yaml").exists():
         raise RunError(f"output: {own[0]} belongs to the training run in {path.parent}, choose another name")

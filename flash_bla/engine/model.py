@@ -1,4 +1,4 @@
-"""The model of a run, from its name and the settings."""
+"""The model of a run, from its name and the settings, and its optimizer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import timm
+from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.optim import Optimizer
 
-from flash_bla.engine.config import CommonConfig, RunError
+from flash_bla.engine.config import CommonConfig, RunError, TrainConfig
 from flash_bla.models import build_model, describe_model
 
 
@@ -59,6 +61,20 @@ def set_grad_checkpointing(model: nn.Module, config: CommonConfig) -> None:
         model.set_grad_checkpointing(True)
     except AssertionError as error:  # of timm's models that cannot
         raise RunError(f"grad_checkpointing: not with model {config.model!r}: {error}") from error
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig, lr: float) -> Optimizer:
+    """The optimizer of what is trained of a model, at a learning rate."""
+    return create_optimizer_v2(
+        model,
+        opt=config.opt,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        betas=tuple(config.betas),
+        eps=config.eps,
+        layer_decay=config.layer_decay,
+        **({"fused": True} if config.opt in ("adam", "adamw") else {}),
+    )
 
 
 def _sized(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env, world_info_from_env
 
 from flash_bla.engine.config import RunError
 
@@ -80,17 +80,22 @@ def start_processes(device: str | None = None, threads: int | None = None) -> Pr
         threads: CPU threads of PyTorch; None leaves the choice to it.
 
     Raises:
-        RunError: There is no such device.
+        RunError: There is no such device, or none for this one of several processes.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind, count = torch.device(device), torch.cuda.device_count()
         if kind.type != "cuda":  # which would take up memory here, of the first GPU for all processes
             torch.empty(0, device=kind)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise RunError(f"device: this PyTorch has no {device!r}: {str(error).splitlines()[0]}") from error
-    if kind.type == "cuda" and (kind.index or 0) >= count:
-        raise RunError(f"device: {device} was asked for, but this PyTorch sees {count or 'no'} CUDA devices")
+    if kind.type == "cuda":
+        index, wish = kind.index or 0, f"{device} was asked for"
+        if is_distributed_env():  # timm gives each process the GPU of its number on this host, whatever the index
+            index, _, total = world_info_from_env()
+            wish = f"process {index + 1} on this host, of {total} in all, takes a GPU of its own"
+        if index >= count:
+            raise RunError(f"device: {wish}, but this PyTorch sees {count or 'no'} CUDA device{'s' * (count != 1)}")
     if threads is not None:
         torch.set_num_threads(threads)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ["GROUP_WORLD_SIZE"] == "1"

@@ -64,22 +64,23 @@ def open_suites(config: EvalConfig, num_classes: int, class_names: Sequence[str]
     # Names of another kind, as the words that Hugging Face's copy has, say nothing of the order.
     if class_names and set(class_names) & set(imagenet) and list(class_names) != imagenet:
         raise RunError("suite: wants a model of ImageNet's 1000 classes, but those of the checkpoint are others")
-    sets = []
-    entries = dict.fromkeys(config.suite)
-    names = Counter(entry.partition("=")[0] for entry in entries)
-    for entry in entries:
+    folders = {}  # by suite and place, in their order: X, X/ and a link to it are evaluated once
+    for entry in config.suite:
         name, _, folder = entry.partition("=")
         if name not in SUITES:
             raise RunError(f"suite: unknown {name!r}{did_you_mean(name, SUITES)}")
         folder = os.path.expanduser(folder) or config.data_dir
         if not folder:
             raise RunError(f"suite: where is {name}? {name}=FOLDER, or --data-dir FOLDER")
+        folders.setdefault((name, os.path.realpath(folder)), folder)
+    counts = Counter(name for name, _ in folders)
+    sets = []
+    for (name, _), folder in folders.items():
+        title = name if counts[name] == 1 else f"{name}={folder}"
         try:
-            sets.append(_open_suite(config, name, folder, imagenet))
+            sets.append(replace(_open_suite(config, name, folder, imagenet), name=title))
         except RunError as error:
-            raise RunError(f"suite {name}: {error}") from error
-        if names[name] > 1:
-            sets[-1].name = f"{name}={folder}"
+            raise RunError(f"suite {title}: {error}") from error
     return sets
 
 

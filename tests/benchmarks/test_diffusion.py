@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import diffusion, timing
-from benchmarks.results import read_rows
+from benchmarks.results import merge_rows, read_rows
 from flash_bla.layers import GeneralizedLinearAttention
 
 CPU = torch.device("cpu")
@@ -79,6 +79,12 @@ def test_from_measurement_to_table_and_plot(tmp_path):
     diffusion.main(["--output", str(tmp_path), "--plot-only"])
     assert (tmp_path / "diffusion.png").read_bytes().startswith(b"\x89PNG")
     assert "| 40 | float16 | backward |" in (tmp_path / "diffusion.md").read_text()
+    # Another device with a later date: it is shown unless this one was just measured.
+    others = [row | {"device": "other", "date": "9999-01-01"} for row in rows]
+    merge_rows(tmp_path / "diffusion.csv", diffusion.COLUMNS, diffusion.KEY, others)
+    for flags, device in ((["--plot-only"], "other"), (["--parts", "sparse", "--tokens", "20"], rows[0]["device"])):
+        diffusion.main(["--output", str(tmp_path), *flags])
+        assert f"Measured on one {device}, " in (tmp_path / "diffusion.md").read_text()
 
 
 def test_the_table():

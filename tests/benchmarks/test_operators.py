@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import operators, timing
-from benchmarks.results import read_rows
+from benchmarks.results import merge_rows, read_rows
 from flash_bla import linear_attention
 
 CPU = torch.device("cpu")
@@ -145,6 +145,15 @@ def test_from_measurement_to_table_and_plots(tmp_path):
     operators.main(["--output", str(tmp_path), "--plot-only"])
     assert {path.name for path in tmp_path.iterdir()} == files
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in files if name.endswith(".png"))
+    # Another device with a later date: it is shown unless this one was just measured.
+    others = [row | {"device": "other", "date": "9999-01-01"} for row in rows]
+    merge_rows(tmp_path / "operators.csv", operators.COLUMNS, operators.KEY, others)
+    for flags, device in (
+        (["--plot-only"], "other"),
+        (["--ops", "rope", "--shapes", "1,2,16,8", "--quick"], rows[0]["device"]),
+    ):
+        operators.main(["--output", str(tmp_path), *flags])
+        assert f"Measured on one {device}, " in (tmp_path / "operators.md").read_text()
 
 
 def test_what_does_not_fit_has_no_row(tmp_path, monkeypatch):

@@ -12,7 +12,10 @@ TINY = "--pictures 64 --size 32 --batch-size 8 --epochs 3 --workers 0 --device c
 TINY += ["--model-kwargs", "embed_dim=8", "depths=[1, 1, 1, 1]", "num_heads=[1, 1, 2, 2]"]
 
 
-@pytest.mark.parametrize(("speeds", "median"), [(["5"], 5.0), (["5", "8"], 8.0), (["5", "", "8", "9"], 8.5)])
+@pytest.mark.parametrize(
+    ("speeds", "median"),
+    [(["5"], 5.0), (["5", ""], 5.0), (["5", "8"], 8.0), (["5", "", "8", "9"], 8.5), (["", "5", "9"], 7.0)],
+)
 def test_the_first_epoch_counts_where_it_is_alone(speeds, median):
     rows = [{"epoch": str(i), "images_per_second": speed, "train_loss": "2"} for i, speed in enumerate(speeds, 1)]
     (row,) = scaling.table({4: rows})

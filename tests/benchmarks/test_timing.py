@@ -73,16 +73,18 @@ def test_rows_replace_those_of_the_same_key(tmp_path):
 
 @pytest.mark.parametrize("benchmark", [depthwise_conv, diffusion, models, operators])
 def test_rows_of_another_device_stay(benchmark, tmp_path):
-    def measure(device: str, date: str) -> list[str]:
+    def measure(device: str, date: str, latest: str) -> list[str]:
         row = {name: "x" for name in benchmark.COLUMNS} | {"device": device, "date": date}
         rows = results.merge_rows(tmp_path / "rows.csv", benchmark.COLUMNS, benchmark.KEY, [row])
-        assert {row["device"] for row in results.of_latest_device(rows)} == {device}  # what is shown
+        for measured, shown in ((device, device), (None, latest)):
+            assert {row["device"] for row in results.of_one_device(rows, measured)} == {shown}
         return [row["device"] for row in rows]
 
-    assert measure("H200", "2026-11-20") == ["H200"]
-    assert measure("laptop", "2026-11-21") == ["H200", "laptop"]
-    assert measure("H200", "2026-11-22") == ["H200", "laptop"]
-    assert results.of_latest_device([]) == []
+    assert measure("H200", "2026-11-20", latest="H200") == ["H200"]
+    assert measure("laptop", "2026-11-21", latest="laptop") == ["H200", "laptop"]
+    assert measure("H200", "2026-11-21", latest="laptop") == ["H200", "laptop"]  # which has the last row of that day
+    assert measure("H200", "2026-11-22", latest="H200") == ["H200", "laptop"]
+    assert results.of_one_device([], None) == []
 
 
 def test_a_sentence_for_each_machine():

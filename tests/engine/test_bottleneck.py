@@ -34,19 +34,21 @@ def test_the_slow_part_is_named(slow, where, model_yaml, one_process, monkeypatc
     ("flags", "trained"),
     [
         ((), lambda name: True),
+        (("--grad-accum", "64", "--lr-batch", "51200"), lambda name: True),  # at one pass lr would be below min_lr
         (("--freeze", "blocks.*"), lambda name: not name.startswith("blocks.")),
         (("--freeze-backbone", "--grad-checkpointing"), lambda name: name.startswith("head.")),
     ],
 )
 def test_updates_are_those_of_the_run(flags, trained, model_yaml, one_process, monkeypatch):
-    models = []
-    create = bottleneck.create_optimizer_v2
+    made, create = [], bottleneck.create_optimizer
     monkeypatch.setattr(
-        bottleneck, "create_optimizer_v2", lambda model, **options: models.append(model) or create(model, **options)
+        bottleneck, "create_optimizer", lambda model, *of: made.append((model, create(model, *of))) or made[-1][1]
     )
     config = parse_train(["--config", str(model_yaml), "--batch-size", "20", *flags])
     bottleneck.measure(config, one_process, seconds=0.01)
-    (model,) = models
+    ((model, optimizer),) = made
+    assert optimizer.defaults["fused"]
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.05, 0.0}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in model.named_parameters() if trained(name)
     }

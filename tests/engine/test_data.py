@@ -275,9 +275,14 @@ def test_torchvision_folders(name, pictures):
     # The model's classes keep their numbers, also where the folder has fewer or sorts them otherwise.
     names = ["light", "dark", "other", "grey"]
     assert targets_of(config, class_names=names) == [1] * 3 + [3] * 3 + [0] * 3
-    assert class_names_of(open_dataset(config, training=False, class_names=names)) == names
+    dataset = open_dataset(config, training=False, class_names=names)
+    assert class_names_of(dataset) == names and dataset.class_to_idx == {"light": 0, "dark": 1, "other": 2, "grey": 3}
+    assert dataset.imgs == dataset.samples and dataset.targets == [target for _, target in dataset.samples]
     with pytest.raises(RunError, match=f"the folder 'dark' in {root}/val is none of the 2 classes .*: grey, light"):
         open_dataset(config, training=False, class_names=["grey", "light"])
+    (root / "val" / "empty").mkdir()
+    with pytest.raises(RunError, match=f"^the class 'empty' is empty: no image in {root}/val/empty [(].jpg, "):
+        open_dataset(config, training=False, class_names=[*names, "empty"])
 
 
 def test_other_class_names_of_a_data_set_without_folders_are_told(capsys):
@@ -290,23 +295,37 @@ def test_other_class_names_of_a_data_set_without_folders_are_told(capsys):
     assert "number 9 is '9', for the model it is None" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["folder", "torch/folder", "tar"])
-def test_hidden_folders_are_no_classes(name, pictures, tmp_path):
+@pytest.mark.parametrize("name", ["folder", "torch/folder"])
+def test_hidden_folders_are_no_classes(name, pictures):
     root = pictures()
     for hidden in ("train/.ipynb_checkpoints", "train/grey/.ipynb_checkpoints", "train/.trash/new"):
         shutil.copytree(root / "train" / "dark", root / hidden)
-    if name == "tar":
-        with tarfile.open(tmp_path / "train.tar", "w") as tar:
-            tar.add(root / "train", "train")
-        with pytest.raises(RunError, match="train.tar holds images in the folder '.ipynb_checkpoints'"):
-            open_dataset(folder(tmp_path / "train.tar"), training=True)
-        return
+    (root / "train" / ".cache").mkdir()
     config = settings(dataset=name, data_dir=str(root))
     for given in (None, ["dark", "grey", "light"]):
         dataset = open_dataset(config, training=True, class_names=given)
         assert class_names_of(dataset) == ["dark", "grey", "light"]
         samples = (dataset.reader if name == "folder" else dataset).samples
         assert [target for _, target in samples] == [0] * 8 + [1] * 8 + [2] * 8
+    for shade in ("dark", "grey", "light"):
+        shutil.rmtree(root / "train" / shade)
+    with pytest.raises(RunError, match=f"no image in {root}/train"):
+        open_dataset(config, training=True)
+
+
+@pytest.mark.parametrize("hidden", ["", ".ipynb_checkpoints", "grey/.ipynb_checkpoints", ".trash/new"])
+@pytest.mark.parametrize("name", ["train", "."])
+def test_hidden_folders_of_a_tar_file_are_refused(name, hidden, pictures, tmp_path):
+    root = pictures() / "train"
+    if hidden:
+        shutil.copytree(root / "dark", root / hidden)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(root, name)
+    if not hidden:
+        assert len(open_dataset(folder(tmp_path / "train.tar"), training=True)) == 24
+        return
+    with pytest.raises(RunError, match=f"train.tar holds images in the hidden folder '{name}/{hidden}'"):
+        open_dataset(folder(tmp_path / "train.tar"), training=True)
 
 
 @pytest.mark.parametrize("name", ["folder", "torch/folder", "wds/"])

@@ -118,8 +118,9 @@ def test_settings_that_would_have_no_effect(checkpoint, tmp_path):
     [
         ("run/log", "log.csv belongs to the training run in .*/run, choose another name"),
         ("run/summary", "summary.json belongs to the training run in .*/run, choose another name"),
-        ("run", "the folder .*/run is no name for files, which are NAME.json, NAME.csv, NAME.classes.csv"),
-        ("new/", "the folder .*/new/ is no name for files"),
+        ("new/", "'.*/new/' ends in no name .* give .*/new/NAME, which writes NAME.json, NAME.csv, NAME.classes.csv$"),
+        ("run/..", "'.*/run/..' ends in no name for files"),
+        ("", "'' ends in no name for files; give NAME, which"),
         ("run/config.yaml/results", "cannot write to .*/run/config.yaml: File exists"),
     ],
 )
@@ -130,7 +131,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_evaluated(output
         (tmp_path / "run" / name).write_text(name)
     flags = ("--model", "test_vit", "--num-classes", "10", "--in-chans", "1", "--dataset", "digits", "--img-size", "8")
     with pytest.raises(RunError, match=f"^output: .*{message}"):
-        evaluate(*flags, "--output", f"{tmp_path}/{output}")
+        evaluate(*flags, "--output", output and f"{tmp_path}/{output}")
     assert all(path.read_text() == path.name for path in (tmp_path / "run").iterdir())
 
 

@@ -202,15 +202,15 @@ def test_weight_decay_reaches_what_it_does_officially(train, monkeypatch, name, 
     class Enough(Exception):
         pass
 
-    create, parameters = train_script.create_optimizer_v2, []
+    create, parameters = train_script.create_optimizer, []
 
-    def look(model, **options):
-        groups = create(model, **options).param_groups
+    def look(model, *settings):
+        groups = create(model, *settings).param_groups
         decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
         parameters.extend((key, p.ndim, decays[id(p)]) for key, p in model.named_parameters())
         raise Enough
 
-    monkeypatch.setattr(train_script, "create_optimizer_v2", look)
+    monkeypatch.setattr(train_script, "create_optimizer", look)
     small = ["depth=1", "class_token=true", "global_pool=token"] if "vit" in name else ["depths=[1, 1, 1, 1]"]
     flags = ("--dataset", "digits", "--img-size", "32", "--batch-size", "16", "--model-kwargs", *small)
     with pytest.raises(Enough):

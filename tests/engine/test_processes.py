@@ -139,15 +139,20 @@ def test_one_process_needs_no_group():
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "message"),
+    ("device", "gpus", "local_rank", "message"),
     [
-        ("gpu", 0, "this PyTorch has no 'gpu': Expected one of cpu, cuda"),
-        ("xla", 0, "this PyTorch has no 'xla'"),
-        ("cuda", 0, "cuda was asked for, but this PyTorch sees no CUDA devices"),
-        ("cuda:2", 2, "cuda:2 was asked for, but this PyTorch sees 2 CUDA devices"),
+        ("gpu", 0, None, "this PyTorch has no 'gpu': Expected one of cpu, cuda"),
+        ("xla", 0, None, "this PyTorch has no 'xla'"),
+        ("hpu", 0, None, "this PyTorch has no 'hpu'"),
+        ("cuda", 0, None, "cuda was asked for, but this PyTorch sees no CUDA devices$"),
+        ("cuda:2", 1, None, "cuda:2 was asked for, but this PyTorch sees 1 CUDA device$"),
+        ("cuda", 2, 2, "process 3 on this host, of 4 in all, takes a GPU of its own, but .* sees 2 CUDA devices$"),
     ],
 )
-def test_a_device_that_is_not_there(device, gpus, message, monkeypatch):
+def test_a_device_that_is_not_there(device, gpus, local_rank, message, monkeypatch):
+    if local_rank is not None:
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(RunError, match=f"^device: {message}"):
         start_processes(device)

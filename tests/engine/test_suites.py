@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 from importlib import resources
 from pathlib import Path
 
@@ -145,9 +146,11 @@ def test_suites_of_1000_classes_in_one_run(folders, biased, tmp_path):
 
     classes = read_csv(f"{output}.classes.csv")
     assert (classes[0]["class"], classes[0]["name"]) == (WNIDS[0], "tench, Tinca tinca")
-    several = [f"imagenet-v2={numbers}", f"imagenet-v2={numbers}/", f"imagenet-v2={numbers}"]
-    rows = eval_script.main([*flags, "--suite", *several])
-    assert [row["dataset"] for row in rows] == several[:2]
+    same = ["imagenet-v2", f"imagenet-v2={numbers}", f"imagenet-v2={numbers}/"]
+    other = f"imagenet-v2={shutil.copytree(numbers, tmp_path / 'other')}"
+    for several, names_of_rows in ((same, same[:1]), ([*same, other], [same[1], other])):
+        rows = eval_script.main([*flags, "--data-dir", str(numbers), "--suite", *several])
+        assert [row["dataset"] for row in rows] == names_of_rows
 
     best = [(row["dataset"], row["class"]) for row in classes if row["top1"] == "100.0"]
     assert best == [(name, WNIDS[logits.argmax()]) for name in names[:2]]
@@ -159,6 +162,7 @@ def test_sizes_in_one_run_and_results_side_by_side(pictures, tmp_path, capsys):
     flags = ["--model", "test_vit", "--num-classes", "3", "--data-dir", str(pictures()), "--device", "cpu"]
     flags += ["--workers", "0", "--batch-size", "4"]
     first, second = tmp_path / "results" / "first", tmp_path / "results" / "second"
+    first.mkdir(parents=True)  # a folder beside the files of its name
     torch.manual_seed(0)  # the weights
     rows = eval_script.main([*flags, "--sizes", "16", "32", "--output", str(first)])
     assert [row["input_size"] for row in rows] == [[3, 16, 16], [3, 32, 32]]
@@ -222,14 +226,16 @@ def test_a_batch_is_scored_among_the_classes_asked_for(one_process):
 
 
 def test_folders_that_are_not_of_the_suite(folders):
-    def opened(suite, folder="", num_classes=1000, class_names=None):
-        config = parse_eval(["--model", "test_vit", "--suite", f"{suite}={folder}" if folder else suite])
+    def opened(suite, folder="", num_classes=1000, class_names=None, more=()):
+        config = parse_eval(["--model", "test_vit", "--suite", f"{suite}={folder}" if folder else suite, *more])
         return open_suites(config, num_classes, class_names)
 
     names = (TABLES / "imagenet_a_synsets.txt").read_text().split()
     some, foreign = folders("some", names[:150]), folders("foreign", [*names, WNIDS[0]])
     with pytest.raises(RunError, match=f"suite imagenet-a: .*some lacks 50 of its 200 classes, .* '{names[150]}'"):
         opened("imagenet-a", some)
+    with pytest.raises(RunError, match=f"^suite imagenet-a={some}: "):
+        opened("imagenet-a", some, more=[f"imagenet-a={foreign}"])
     with pytest.raises(
         RunError, match="imagenet-a: the folder .*n01440764 is none of .*; its classes are 200 folders n01498041, "
     ):

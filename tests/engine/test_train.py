@@ -38,6 +38,7 @@ def test_a_run_and_what_it_writes(train, load, tmp_path, capsys):
     last = load("run")
     assert (last["epoch"], last["update"], last["model"]["name"]) == (2, 0, "tiny_pola_vit")
     assert last["class_names"] == [str(digit) for digit in range(10)]
+    assert last.keys() == {*checkpoint_module.STATE, "data"}  # which is for others: a run finds its own
     assert "optimizer" not in load("run", "best")
     output = capsys.readouterr().out
     assert "rates    lr 0.01, warmup_lr 1e-06" in output and "curve.png" in output
@@ -192,17 +193,17 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(train, load, on_loss):
         return loss * {3: float("nan"), 4: float("inf")}.get(call, 1.0)
 
     optimizers = []
-    create = train_script.create_optimizer_v2
+    create = train_script.create_optimizer
 
-    def remember(model, **options):
+    def remember(model, *settings):
         optimizers.append(model)
-        return create(model, **options)
+        return create(model, *settings)
 
     def train_model():
         return dict(optimizers[0].named_parameters())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_script, "create_optimizer_v2", remember)
+        patch.setattr(train_script, "create_optimizer", remember)
         on_loss(act)
         assert train("run") == 0
     assert [row["skipped_updates"] for row in load("run")["history"]] == [2, 0]
