@@ -23,14 +23,17 @@ def choose_backend(backend: str | None, q: Tensor) -> str:
         raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
     if is_exporting():
         return "reference"  # an exported program must run where this package is not installed
-    forward_mode = forward_ad._current_level >= 0  # whose derivatives the kernels do not have
     if backend is None:
-        return "triton" if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and not forward_mode else "reference"
+        may_run = HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and not _is_differentiated_as_function()
+        return "triton" if may_run else "reference"
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError("backend 'triton' was asked for, but Triton is not installed")
-        if forward_mode:
-            raise ValueError("backend 'triton' has no forward-mode derivatives; those of 'reference' are right")
+        if _is_differentiated_as_function():
+            raise ValueError(
+                "backend 'triton' has no forward-mode derivatives, nor those of torch.func.grad; "
+                "those of 'reference' are right"
+            )
         if q.dtype == torch.float64:
             raise TypeError("backend 'triton' takes float16, bfloat16 or float32; float64 is for the reference")
         if not (q.is_cuda or q.is_meta or INTERPRETING):
@@ -38,6 +41,17 @@ def choose_backend(backend: str | None, q: Tensor) -> str:
                 f"backend 'triton' needs CUDA tensors (or TRITON_INTERPRET=1), got tensors on {q.device.type}"
             )
     return backend
+
+
+@torch.compiler.assume_constant_result
+def _is_differentiated_as_function() -> bool:
+    """Whether derivatives are taken forwards, or by a transform of functions, for which the kernels have none."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)
+    return any(transform.key() in kinds for transform in torch._C._functorch.get_interpreter_stack())
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -127,7 +127,7 @@ def _relu(x, parameter, exponent):
 
 @jit
 def _relu_triton(x, a, P: tl.constexpr):
-    return tl.maximum(x, 0.0)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit

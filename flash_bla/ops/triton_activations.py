@@ -237,8 +237,10 @@ def record_gate_gradient(
     """
     dx = record.new_empty(x.shape, x.dtype)
     y = record.new_empty(x.shape, x.dtype) if again else None
+    if d_gate is None:
+        gate = record.contiguous(gate)
+        d_gate = record.new_empty(gate.shape, x.dtype)
     gate, layout = _layout(record, gate)
-    d_gate = record.new_empty(gate.shape, x.dtype) if d_gate is None else d_gate
     inputs, outputs = dict(dy_ptr=dy, x_ptr=x), dict(dx_ptr=dx, d_gate_ptr=d_gate, y_ptr=y)
     _launch(record, gate_gradient_kernel, inputs, gate_ptr=gate, **outputs, **layout)
     return dx, d_gate, y

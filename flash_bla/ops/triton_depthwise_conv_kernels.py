@@ -28,7 +28,7 @@ def _one(z):
 
 @jit
 def _relu(z):
-    return tl.maximum(z, 0.0)
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit

@@ -189,19 +189,27 @@ def is_eager(x: Tensor) -> bool:
 
 
 def eager_function(cls: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Decorates autograd functions of eager calls: they leave out what PyTorch does around them for transforms.
-
-    A gradient's gradient is refused, as by PyTorch's ``once_differentiable``, which takes time only where there is one.
-    """
-    backward, refusing = cls.backward, torch.autograd.function.once_differentiable(cls.backward)
-
-    def careful(ctx, *gradients: Tensor | None):
-        # as if they required gradients: those by saved tensors would be left out without a word
-        return refusing(ctx, *(g if g is None else g.detach().requires_grad_() for g in gradients))
-
+    """Decorates autograd functions of eager calls: they leave out what PyTorch does around them for transforms."""
     cls.apply = super(torch.autograd.Function, cls).apply
-    cls._backward_cls.apply = lambda *arguments: (careful if torch.is_grad_enabled() else backward)(*arguments)
+    cls._backward_cls.apply = once_differentiable(cls.backward)
     return cls
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """A backward pass that no graph is made of: its gradient is refused before it can be wrong.
+
+    PyTorch's own decorator refuses what is asked of such a graph, but not where that goes by saved tensors, nor where
+    autograd takes only the gradients of given inputs.
+    """
+
+    def checked(ctx, *gradients: Tensor | None):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backend 'triton' has no second derivatives (create_graph=True); those of 'reference' are right"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 class Launch:
@@ -427,7 +435,7 @@ def define_operator(
     torch.library.impl(qualified, "default", function)
     torch.library.register_fake(qualified, fake)
     if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup)
+        torch.library.register_autograd(qualified, once_differentiable(backward), setup_context=setup)
     return getattr(torch.ops.flash_bla, name).default
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from flash_bla import linear_attention, varlen_linear_attention
-from flash_bla.ops import focusing_power, signed_power
+from flash_bla.ops import depthwise_conv, focusing_power, signed_power
 from flash_bla.ops.triton_linear_attention import record_backward, record_forward
 from flash_bla.ops.triton_support import Record
 from tests.ops.cases import DEVICE, TOLERANCE, VARIANTS, assert_close, compare, make_inputs
@@ -79,19 +83,48 @@ def test_no_queries_or_no_keys(backend, N, M, key_weight):
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (q, k, v))
 
 
-def test_gradients_of_gradients_are_refused_where_the_loss_is_linear():
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_relu_does_not_hide_a_nan(backend):
+    x = torch.randn(1, 4, 8, device=DEVICE)
+    x[0, 0, 0] = torch.nan
+    weight = torch.ones(8, 1, 3, 3, device=DEVICE)
+    y = depthwise_conv(x, (2, 2), weight, activation="relu", backend=backend)
+    assert y[..., 0].isnan().all() and y[..., 1:].isfinite().all()
+    q = x.unsqueeze(1)
+    o = linear_attention(q, q.nan_to_num(), q.nan_to_num(), feature_map="relu", backend=backend)
+    assert o[0, 0, 0].isnan().all() and o[0, 0, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_gradients_of_gradients_are_refused(watched):
+    """Also those of the operators that a dispatch mode sees, and of given inputs alone."""
     x = torch.randn(1, 1, 6, 8, device=DEVICE).requires_grad_()
-    loss = linear_attention(x, x, x, feature_map="elu1", backend="triton").sum()
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    with FlopCounterMode(display=False) if watched else nullcontext():
+        loss = linear_attention(x, x, x, feature_map="elu1", backend="triton").sum()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_gradients_by_transforms_are_those_of_the_reference(each):
+    x = torch.randn(3, 1, 6, 8, device=DEVICE)
+
+    def loss(x, **backend):
+        return linear_attention(x, x, x, feature_map="elu1", **backend).square().sum()
+
+    function = torch.func.vmap(torch.func.grad(lambda y: loss(y[None]))) if each else torch.func.grad(loss)
+    y = x.double().requires_grad_()
+    (want,) = torch.autograd.grad(loss(y, backend="reference"), y)
+    torch.testing.assert_close(function(x).double(), want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="torch.func"):
+        torch.func.grad(partial(loss, backend="triton"))(x)
 
 
 def test_forward_mode_is_refused():
     x = torch.randn(1, 1, 6, 8, device=DEVICE)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
-        with pytest.raises(ValueError, match="no forward-mode derivatives"):
+        with pytest.raises(ValueError, match="torch.func"):
             linear_attention(dual, x, x, feature_map="elu1", backend="triton")
         tangent = forward_ad.unpack_dual(linear_attention(dual, x, x, feature_map="elu1")).tangent
     double = x.double()

@@ -70,9 +70,8 @@ def test_gradients_of_gradients_are_refused(name):
     if others:
         leaves[-1] = leaves[-1].flatten()
     leaves = [x.requires_grad_() for x in leaves]
-    (gradient, *_) = torch.autograd.grad(function(*leaves, backend="triton").square().sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(function(*leaves, backend="triton").square().sum(), leaves, create_graph=True)
 
 
 def test_every_kernel_waits_first():

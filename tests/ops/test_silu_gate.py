@@ -25,6 +25,22 @@ def test_equals_its_definition(dtype):
         assert got.dtype == dtype and (got.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize(
+    "part", [lambda x: x[:, 4:], lambda x: x[::2, :4], lambda x: x[:1, :4].expand(3, 4)], ids=["columns", "rows", "one"]
+)
+def test_a_gate_that_is_part_of_a_matrix(part):
+    whole = torch.randn(6, 8, device=DEVICE)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaf = whole.to(dtype).requires_grad_()
+        gate = part(leaf)
+        y = silu_gate(torch.ones_like(gate), gate, backend=backend)
+        results.append((y, *torch.autograd.grad(y, leaf, torch.ones_like(y))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
 def test_a_gate_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"gate must have shape that of x, here \(2, 8\), got \(2, 4\)"):
         silu_gate(torch.randn(2, 8), torch.randn(2, 4))
