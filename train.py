@@ -181,6 +181,8 @@ def train(config: TrainConfig, processes: Processes) -> int:
         "output": config.output + (f", goes on from epoch {epoch}, update {update}" if state else ""),
     }
     log.start(facts, settings | {"rates": rates | averaging})
+    if state is None:
+        folder.save_last(snapshot())  # or a run that is killed early may leave a best.pt and nothing to go on from
 
     # Training.
     train_model, eval_model = model, ema.module if ema else model

@@ -389,6 +389,11 @@ def _check_common(config: Config) -> Config:
     return config
 
 
+NOT_NEGATIVE = ("lr", "warmup_lr", "min_lr", "warmup_epochs", "cooldown_epochs", "weight_decay", "mixup", "cutmix",
+                "ema_batch", "mesa")  # fmt: skip
+PROBABILITIES = ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob")
+
+
 def _check_train(config: TrainConfig) -> TrainConfig:
     _check_common(config)
     for name in ("epochs", "grad_accum", "repeated_aug", "eval_every", "log_every", "save_epochs", "max_nonfinite"):
@@ -401,11 +406,11 @@ def _check_train(config: TrainConfig) -> TrainConfig:
     for name, holds, wanted in (
         ("scale", 0 < low <= high <= 1, "more than 0 and at most 1, the smaller first"),
         ("ratio", 0 < narrow <= wide, "more than 0, the smaller first"),
-        ("mixup", config.mixup >= 0, "at least 0"),
-        ("cutmix", config.cutmix >= 0, "at least 0"),
         ("smoothing", 0 <= config.smoothing < 1, "at least 0 and less than 1"),
         ("drop_path", 0 <= (config.drop_path or 0) < 1, "at least 0 and less than 1, or none"),
-        ("lr", config.lr >= 0, "at least 0"),
+        ("betas", all(0 <= beta < 1 for beta in config.betas), "at least 0 and less than 1"),
+        *((name, getattr(config, name) >= 0, "at least 0") for name in NOT_NEGATIVE),
+        *((name, 0 <= getattr(config, name) <= 1, "from 0 to 1") for name in PROBABILITIES),
         ("layer_decay", config.layer_decay is None or 0 < config.layer_decay <= 1, "more than 0, at most 1, or none"),
         ("clip_grad", (config.clip_grad or 0) >= 0, "at least 0, or none"),
     ):
@@ -419,9 +424,6 @@ def _check_train(config: TrainConfig) -> TrainConfig:
         raise RunError(f"aa: no policy of timm, got {config.aa!r}: {error}") from error
     if config.warmup_epochs >= config.epochs:
         raise RunError(f"warmup_epochs: must be less than epochs ({config.epochs}), got {config.warmup_epochs:g}")
-    for name in ("ema_batch", "mesa"):
-        if getattr(config, name) < 0:
-            raise RunError(f"{name}: must be at least 0, got {getattr(config, name)}")
     if config.ema_decay is not None and not 0 < config.ema_decay < 1:
         raise RunError(f"ema_decay: between 0 and 1, or none, got {config.ema_decay}")
     if config.mesa and config.ema_decay is None:

@@ -90,6 +90,7 @@ def test_files_that_are_not_of_the_run_are_not_overwritten(train, on_loss, model
     with pytest.raises(Crash):
         train("killed")
     assert {"config.yaml", "preview.png"} <= {file.name for file in (tmp_path / "killed").iterdir()}
+    (tmp_path / "killed" / "last.pt").unlink()  # as if it had been killed before
     assert train("killed") == 0  # that is one of its own, and begins anew
 
 
@@ -142,6 +143,16 @@ def test_signals(one_process):
     stop.close()
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
     signal.signal(signal.SIGINT, outside)
+
+
+def test_killed_with_a_best_checkpoint_alone(train, load, on_loss):
+    train("whole", "--save-epochs", "9")
+    on_loss(crash(UPDATES + 1))
+    with pytest.raises(Crash):
+        train("run", "--save-epochs", "9")
+    assert (load("run", "best")["epoch"], load("run")["epoch"], load("run")["update"]) == (1, 0, 0)
+    assert train("run", "--save-epochs", "9") == 0
+    assert_same_run(load("whole"), load("run"))
 
 
 def test_checkpoints_within_an_epoch(train, load, on_loss):
@@ -230,7 +241,7 @@ def test_a_full_disk_does_not_end_the_run(train, load, monkeypatch, capsys):
 
     def fails_in_between(path, *rest):
         calls.append(path)
-        if str(path).endswith("last.pt") and sum(str(p).endswith("last.pt") for p in calls) == 2:
+        if str(path).endswith("last.pt") and sum(str(p).endswith("last.pt") for p in calls) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(path, *rest)
 
