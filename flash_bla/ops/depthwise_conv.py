@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,9 +109,9 @@ def depthwise_conv_reference(
 
 def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
     try:
-        H, W = grid
+        H, W = (n if isinstance(n, (int, torch.SymInt)) else operator.index(n) for n in grid)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"grid must be (H, W), got {grid!r}") from error
+        raise ValueError(f"grid must be two integers (H, W), got {grid!r}") from error
     return H, W
 
 
