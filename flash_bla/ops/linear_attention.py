@@ -64,8 +64,8 @@ def linear_attention(
         scale: Factor of the numerator, 1/M by default.
         eps: Added to the denominator.
         backend: ``"triton"`` or ``"reference"``; by default the environment variable ``FLASH_BLA_BACKEND``, else Triton
-            for CUDA tensors where it is installed, and the PyTorch reference elsewhere. Gradients of gradients and
-            forward-mode derivatives are the reference's alone.
+            for CUDA tensors where it is installed, and the PyTorch reference elsewhere. Gradients of gradients,
+            forward-mode derivatives and those of ``torch.func`` are the reference's alone.
 
     Returns:
         ``(B, H, N, Dv)`` in the dtype of v, laid out so that ``.transpose(1, 2).flatten(2)`` copies nothing on CUDA.
