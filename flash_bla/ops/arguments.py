@@ -92,8 +92,7 @@ def check_tensors(tensors: dict[str, Tensor], shape: str, ndim: int) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(x).__name__}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        check_dtype(name, x)
         if x.ndim != ndim:
             raise ValueError(f"{name} must have {ndim} dimensions {shape}, got {tuple(x.shape)}")
         if x.dtype != first.dtype:
@@ -119,6 +118,11 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """``(B, H, N, D)`` to ``(B, N, H·D)``."""
     return x.transpose(1, 2).flatten(2)
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_bla.ops.arguments import (
-    DTYPES,
     autocast,
     check_device,
+    check_dtype,
     check_tensors,
     choose_backend,
     expect,
@@ -143,8 +143,7 @@ def _check_filters(weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None or name == "weight":
             check_device(name, parameter, x)
-            if parameter.dtype not in DTYPES:
-                raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {parameter.dtype}")
+            check_dtype(name, parameter)
     if weight.ndim != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"weight must have shape (channels, 1, k, k), got {tuple(weight.shape)}")
     channels, _, k, _ = weight.shape

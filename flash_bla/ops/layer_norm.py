@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_bla.ops.arguments import autocast_dtype, check_device, choose_backend, expect, without_autocast
+from flash_bla.ops.arguments import autocast_dtype, check_device, check_dtype, choose_backend, expect, without_autocast
 from flash_bla.ops.triton_layer_norm import record_backward, record_forward
 from flash_bla.ops.triton_support import eager_function, is_eager, run
 
@@ -44,6 +44,7 @@ def add_layer_norm(
 
     Raises:
         ValueError: A shape or device that does not fit.
+        TypeError: No tensors, or of dtypes that are not supported.
     """
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x)
     arguments = x, add, weight, bias, eps, negative_slope, dtype
@@ -61,12 +62,15 @@ def add_layer_norm(
 
 
 def check_norm(x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, *_) -> None:
+    check_dtype("x", x)
     for name, parameter in (("weight", weight), ("bias", bias)):
-        expect(name, parameter, (x.shape[-1],), "(C,) with C of x")
         check_device(name, parameter, x)
+        check_dtype(name, parameter)
+        expect(name, parameter, (x.shape[-1],), "(C,) with C of x")
     if add is not None:
-        expect("add", add, tuple(x.shape), "that of x")
         check_device("add", add, x)
+        check_dtype("add", add)
+        expect("add", add, tuple(x.shape), "that of x")
 
 
 @eager_function

@@ -93,3 +93,15 @@ def test_another_shape_is_refused(name, shape):
     tensors = {"weight": torch.ones(16), "bias": torch.zeros(16)} | {name: torch.zeros(shape)}
     with pytest.raises(ValueError, match=f"{name} must have shape"):
         add_layer_norm(torch.randn(3, 16), eps=EPS, **tensors)
+
+
+INTEGERS = torch.zeros(3, 16, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    "name, wrong", [("x", INTEGERS), *((name, x) for name in ("weight", "bias", "add") for x in (INTEGERS, [0.0]))]
+)
+def test_what_is_no_floating_point_tensor_is_refused(name, wrong):
+    tensors = {"x": torch.randn(3, 16), "weight": torch.ones(16), "bias": torch.zeros(16)} | {name: wrong}
+    with pytest.raises(TypeError, match=f"{name} must be .*got (torch.int32|list)"):
+        add_layer_norm(**tensors, eps=EPS)

@@ -44,3 +44,19 @@ def test_a_gate_that_is_part_of_a_matrix(part):
 def test_a_gate_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"gate must have shape that of x, here \(2, 8\), got \(2, 4\)"):
         silu_gate(torch.randn(2, 8), torch.randn(2, 4))
+
+
+def test_what_is_no_floating_point_tensor_is_refused():
+    x = torch.randn(2, 8)
+    with pytest.raises(TypeError, match="gate must be a tensor, got list"):
+        silu_gate(x, [1.0])
+    with pytest.raises(TypeError, match="x must be float16, .* got torch.int32"):
+        silu_gate(x.int(), x.int())
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_the_wider_type_is_the_outputs(backend):
+    x, gate = torch.randn(2, 2, 8, device=DEVICE)
+    y = silu_gate(x.half(), gate, backend=backend)
+    torch.testing.assert_close(y, x.half().float() * torch.nn.functional.silu(gate))
