@@ -126,7 +126,7 @@ class CheckpointFolder:
         self._keep = self.previous
 
     def load(self) -> dict[str, Any] | None:
-        """Where the run stands, or None if it has not begun. A damaged `last.pt` gives way to the one before it.
+        """Where the run stands, or None before its first update. A damaged `last.pt` gives way to the one before it.
 
         Raises:
             RunError: There are checkpoints, but none to go on from, or files that are not of a run that ended before
@@ -144,6 +144,9 @@ class CheckpointFolder:
                     f"{path} is not where a run of train.py stands, it lacks {', '.join(missing)}; choose another "
                     "output folder, or move this file away"
                 )
+            if checkpoint["epoch"] == checkpoint["update"] == 0 and not self.best.exists():
+                found = []  # of no update: it begins anew, and may have other settings
+                break
             if path is self.previous:
                 self._warn(f"going on from the checkpoint before the last, {path}")
                 self._keep = None  # the damaged one must not take the place of this one

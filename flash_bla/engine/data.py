@@ -139,9 +139,13 @@ def _check_tar(path: str, samples: Sequence[tuple[tarfile.TarInfo, str | None, t
 
     And one with images in hidden folders, which would be images of a class.
     """
-    for member, _, inner in samples:  # of the file, or of a tar file in it
-        folder = os.path.join(inner.path if inner else "", os.path.dirname(member.path))
-        if _is_hidden(folder):
+    folders = {  # of the file, or of a tar file in it
+        os.path.normpath(os.path.join(inner.path if inner else "", os.path.dirname(member.path)))
+        for member, _, inner in samples
+    }
+    common = os.path.dirname(os.path.commonprefix([f"{folder}{os.sep}" for folder in folders]))  # which may be hidden
+    for folder in sorted(folders):
+        if _is_hidden(folder[len(common) :]):
             raise RunError(f"{path} holds images in the hidden folder {folder!r}, which would be read: leave it out")
     with open(path, "rb") as file:
         file.seek(-min(1024, os.path.getsize(path)), os.SEEK_END)

@@ -23,13 +23,15 @@ def choose_backend(backend: str | None, q: Tensor) -> str:
         raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
     if is_exporting():
         return "reference"  # an exported program must run where this package is not installed
+    # the kernels have neither derivatives; torch.compile sees by itself when the former changes, but not the latter
+    transformed = forward_ad._current_level >= 0 or _has_gradient_transform()
     if backend is None:
-        may_run = HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and not _is_differentiated_as_function()
+        may_run = HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and not transformed
         return "triton" if may_run else "reference"
     if backend == "triton":
         if not HAS_TRITON:
             raise ValueError("backend 'triton' was asked for, but Triton is not installed")
-        if _is_differentiated_as_function():
+        if transformed:
             raise ValueError(
                 "backend 'triton' has no forward-mode derivatives, nor those of torch.func.grad; "
                 "those of 'reference' are right"
@@ -44,10 +46,8 @@ def choose_backend(backend: str | None, q: Tensor) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _is_differentiated_as_function() -> bool:
-    """Whether derivatives are taken forwards, or by a transform of functions, for which the kernels have none."""
-    if forward_ad._current_level >= 0:
-        return True
+def _has_gradient_transform() -> bool:
+    """Whether ``torch.func`` differentiates what is called."""
     if not torch._C._are_functorch_transforms_active():
         return False
     kinds = (torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp)

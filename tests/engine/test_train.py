@@ -92,6 +92,10 @@ def test_files_that_are_not_of_the_run_are_not_overwritten(train, on_loss, model
     assert {"config.yaml", "preview.png"} <= {file.name for file in (tmp_path / "killed").iterdir()}
     (tmp_path / "killed" / "last.pt").unlink()  # as if it had been killed before
     assert train("killed") == 0  # that is one of its own, and begins anew
+    on_loss(crash(0))
+    with pytest.raises(Crash):
+        train("early")
+    assert train("early", "--lr", "2e-3") == 0  # it had no update to lose
 
 
 @pytest.mark.parametrize("stop_at", [2, UPDATES - 1, UPDATES])

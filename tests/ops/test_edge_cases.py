@@ -134,6 +134,15 @@ def test_forward_mode_is_refused():
     torch.testing.assert_close(tangent, want.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_compiled_function_notices_forward_mode():
+    x = torch.randn(1, 1, 6, 8, device=DEVICE)
+    torch._dynamo.reset()
+    attend = torch.compile(partial(linear_attention, feature_map="elu1", backend="triton"), backend="aot_eager")
+    attend(x, x, x)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="no forward-mode derivatives"):
+        attend(forward_ad.make_dual(x, torch.ones_like(x)), x, x)
+
+
 def test_more_sequences_than_a_grid_has_places_on_its_second_axis():
     q = torch.empty(70000, 1, 4, 8, device="meta")
     arguments = (q, q, q, None, None, torch.ones(1, 8, device="meta"), *[None] * 4)
