@@ -23,7 +23,8 @@ def choose_backend(backend: str | None, q: Tensor) -> str:
         raise ValueError(f"backend (or FLASH_BLA_BACKEND) must be one of {BACKENDS}, got {backend!r}")
     if is_exporting():
         return "reference"  # an exported program must run where this package is not installed
-    # the kernels have neither derivatives; torch.compile sees by itself when the former changes, but not the latter
+    # The kernels have neither derivatives. When the former changes, torch.compile sees it by itself (from some version
+    # after 2.11 on); the latter it cannot trace.
     transformed = forward_ad._current_level >= 0 or _has_gradient_transform()
     if backend is None:
         may_run = HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and not transformed

@@ -134,6 +134,7 @@ def test_forward_mode_is_refused():
     torch.testing.assert_close(tangent, want.float(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="Dynamo of PyTorch 2.11 has no guard for it")
 def test_a_compiled_function_notices_forward_mode():
     x = torch.randn(1, 1, 6, 8, device=DEVICE)
     torch._dynamo.reset()
