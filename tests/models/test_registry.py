@@ -202,12 +202,8 @@ def test_another_process_in_a_folder_with_models_of_its_own(write, tmp_path):
 
 # Pretrained tags -----------------------------------------------------------------------------------------------------
 
-TAGGED = [
-    (name, tag)
-    for name in timm.list_models(module=list(FAMILIES))
-    for tag in read_config(config_path(name)).pretrained
-    if tag != "untrained"
-]
+OURS = timm.list_models(module=list(FAMILIES))  # before other tests register models of their own
+TAGGED = [(name, tag) for name in OURS for tag in read_config(config_path(name)).pretrained if tag != "untrained"]
 OFFICIAL = [
     "mlla_tiny", "mlla_small", "mlla_base", "flatten_pvt_tiny", "flatten_pvt_v2_b0", "flatten_swin_tiny",
     "flatten_swin_small", "flatten_swin_base", "flatten_swin_base_384", "flatten_cswin_tiny",
@@ -216,8 +212,7 @@ OFFICIAL = [
 
 
 def test_models_with_an_official_file_are_pretrained():
-    ours = set(timm.list_models(module=list(FAMILIES)))
-    listed = {name for name in timm.list_pretrained() if name.split(".")[0] in ours}
+    listed = {name for name in timm.list_pretrained() if name.split(".")[0] in OURS}
     assert listed == {f"{name}.in1k" for name in OFFICIAL}
 
 
