@@ -100,11 +100,11 @@ class CrossShapedWindowAttention(nn.Module):
         return merge_windows(merge_heads(x) + self._convolve(v, window, side), window, grid)
 
     def _convolve(self, v: Tensor, window: tuple[int, int], side: int) -> Tensor:
-        """The convolution of the values of windows, with the filters of their half of the channels."""
-        half = v.shape[-1]
+        """The convolution of windows' values, with the first half of the filters for vertical stripes."""
+        channels, half = v.shape[-1], 0 if side == 2 else 1
         if not is_untouched(self.get_v, DepthwiseConv):  # called on all channels, half of them zeros
-            return self.get_v(F.pad(v, (0, half) if side == 2 else (half, 0)), window).chunk(2, -1)[2 - side]
-        weight, bias = (x.chunk(2)[2 - side] for x in (self.get_v.weight, self.get_v.bias))
+            return self.get_v(F.pad(v, (half * channels, (1 - half) * channels)), window).chunk(2, -1)[half]
+        weight, bias = (x.chunk(2)[half] for x in (self.get_v.weight, self.get_v.bias))
         image = v.unflatten(1, window).permute(0, 3, 1, 2)
-        image = F.conv2d(image, weight, bias, padding=self.get_v.padding, groups=half)
+        image = F.conv2d(image, weight, bias, padding=self.get_v.padding, groups=channels)
         return image.permute(0, 2, 3, 1).flatten(1, 2)
