@@ -23,7 +23,8 @@ of two, so that whole cache lines are read, and their states are the diagonal bl
 are zero.
 
 ``signed_power`` has loops of its own: triton_signed.py. So has what asks for nothing but a feature map, in bfloat16:
-triton_plain.py.
+triton_plain.py; other keys' sums are by its loop, too, where they can (``_sum_keys``). The outputs of focusing_power
+have one in triton_focusing.py, where a token's heads are few.
 
 An encoding of the keys' places, the same for all sequences, is added to them before their feature map.
 
@@ -33,35 +34,38 @@ Backward, w dw / M summed over the keys is S dS + z dz, so that it takes no pass
 comes from the keys, and so the queries' gradients are a launch after theirs.
 
 Rows outside a sequence are zeros, whose features need not be zero: their values and output gradients are, and what
-belongs to them is not written. Only z sums keys alone, so there padding stands where φ is zero.
+belongs to them is not written. Only z sums keys alone: there padding stands where φ is zero, or such rows are left out.
 
-Precision: features, sums and denominators are float32. Operands of matrix products are bfloat16 for bfloat16 inputs,
-and float32 otherwise, never tf32: sums over thousands of tokens and powers of features overflow float16.
+Precision: features, sums and denominators are float32. Operands of matrix products, of which some are sums of features,
+are bfloat16 for bfloat16 inputs, and float32 otherwise, never tf32: sums over thousands of tokens and powers of
+features overflow float16.
 
 Speed: these loops are bound by memory only while they issue few instructions. So v and do go to the matrix units as
 they are; what divides or shifts them is applied to features and products. The states are kept transposed, (DV, D), for
-which no operand that was computed has to be transposed. A tile is computed in one register layout, that of products'
-results: where layouts differ, the compiler computes features once for each.
+which the backward pass has no operand to transpose that was computed. A tile is computed in one register layout, that
+of products' results: where layouts differ, the compiler computes features once for each.
 """
 
 from __future__ import annotations
 
 from flash_bla.ops.triton_loops import differentiate_keys, differentiate_queries, sum_keys, write_output
 from flash_bla.ops.triton_plain import (
+    add_to_sums,
     differentiate_plain_keys,
     differentiate_plain_queries,
     load_plain_state,
     plain_gradient_operands,
     store_plain_state,
+    sum_operand,
     sum_plain_keys,
     write_plain_output,
 )
 from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, share, tl, wait_for_inputs
 from flash_bla.ops.triton_tiles import (
     _by_head,
-    _by_sixteenth,
     _center,
     _columns,
+    _load_factor,
     _load_parameter,
     _load_softmax,
     _load_state,
@@ -74,10 +78,35 @@ from flash_bla.ops.triton_tiles import (
     _sum_query_splits,
     _sum_splits,
     _tile,
+    _times_factor,
     _zeros,
 )
 
 # --- the kernels: a program for each group of heads (axis 0) and split (axis 1) ---------------------------------------
+
+
+@jit
+def _sum_keys(
+    k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
+    rope_strides, mean, batch, head, heads, first, begin, end, count, scale,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """What ``sum_keys`` returns, by the faster loop where a feature depends on its own channel and weight alone."""
+    if C.ROPE or C.DECOUPLED or C.SOFTMAX or C.RATIOS:
+        return sum_keys(
+            k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
+            rope_ptr, rope_strides, mean, batch, head, heads, first, begin, end, count, scale,
+            PHI, PAD, OPERAND, PRECISION, C,
+        )  # fmt: skip
+    else:
+        plus, z = sum_plain_keys(
+            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, wk_ptr, wk_strides, batch, head, heads, first, begin,
+            end, count, scale, PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+        )  # fmt: skip
+        plus, z = tl.trans(plus), tl.sum(z, 1) / z.shape[1]
+        plus, z = _times_factor(plus, z, _load_factor(a_ptr, head, heads, C), C)
+        return plus, z, 0.0
 
 
 @jit
@@ -95,7 +124,8 @@ def _store_parameter_gradient(da_ptr, at, head, heads, da, C: tl.constexpr):
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def query_sum_kernel(
-    q_ptr, q_strides, query_sum_ptr, query_length, heads, PHI: tl.constexpr, PAD: tl.constexpr, C: tl.constexpr
+    q_ptr, q_strides, query_sum_ptr, query_length, heads,
+    PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Σ φ(q) over one split of the queries."""
     wait_for_inputs()
@@ -103,17 +133,16 @@ def query_sum_kernel(
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
-    total = _zeros(16, C.BLOCK_D)
-    n = begin + tl.arange(0, C.BLOCK_N)
-    q = tl.load(q_ptr + q_tile, mask=(n < end)[:, None] & exists[None, :], other=PAD)
-    for _ in range(begin, end, C.BLOCK_N):
-        n += C.BLOCK_N
+    total = _zeros(C.BLOCK_D, 16)
+    last, twos = sum_operand(begin, end, OPERAND, C)
+    for start in range(begin, end, C.BLOCK_N):
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        q = tl.load(q_ptr + tl.trans(q_tile), mask=inside[None, :] & exists[:, None], other=0.0)
+        phi = PHI_ROUNDED(q, PHI, C.EXPONENT, OPERAND)
+        total = add_to_sums(total, phi, twos, start < last, PRECISION)
         q_ptr = _next(q_ptr, q_strides, C)
-        following = tl.load(q_ptr + q_tile, mask=(n < end)[:, None] & exists[None, :], other=PAD)
-        total += _by_sixteenth(PHI(q.to(tl.float32), 1.0, C.EXPONENT), C)
-        q = following
     at = _split_at(sequence, heads, C) + head
-    tl.store(query_sum_ptr + (at + h) * C.D + d, tl.sum(total, 0), mask=exists)
+    tl.store(query_sum_ptr + (at + h) * C.D + d, tl.sum(total, 1) / 8, mask=exists)
 
 
 @jit
@@ -135,8 +164,8 @@ def state_kernel(
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     if C.PLAIN:
         plus, z_plus = sum_plain_keys(
-            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, begin, end, count, scale,
-            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, wk_ptr, wk_strides, batch, head, heads, first, begin,
+            end, count, scale, PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
         )  # fmt: skip
         store_plain_state(state_ptr, _split_at(sequence, heads, C) + head, head, heads, plus, z_plus, C)
         return
@@ -144,9 +173,10 @@ def state_kernel(
     if C.SOFTMAX:
         mean = _sum_query_splits(query_sum_ptr, sequence * heads + head, query_splits, head, heads, C)
         mean = mean[None, :] * _softmax_scale(query_length, C.D)
-    plus, z_plus, logarithm = sum_keys(
+    plus, z_plus, logarithm = _sum_keys(
         k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
-        rope_strides, mean, batch, head, heads, first, begin, end, count, scale, PHI, PAD, OPERAND, PRECISION, C,
+        rope_strides, mean, batch, head, heads, first, begin, end, count, scale,
+        PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
     )  # fmt: skip
     at = _split_at(sequence, heads, C) + head
     _store_state(state_ptr, at, head, heads, plus, z_plus, C)
@@ -243,8 +273,8 @@ def forward_kernel(
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
     if C.PLAIN:
         plus, z_plus = sum_plain_keys(
-            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, 0, count, count, scale,
-            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
+            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, wk_ptr, wk_strides, batch, head, heads, first, 0,
+            count, count, scale, PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
         )  # fmt: skip
         if state_ptr is not None:
             store_plain_state(state_ptr, sequence * heads + head, head, heads, plus, z_plus, C)
@@ -254,9 +284,10 @@ def forward_kernel(
             PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
         )  # fmt: skip
         return
-    plus, z_plus, _ = sum_keys(
+    plus, z_plus, _ = _sum_keys(
         k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
-        rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND, PRECISION, C,
+        rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale,
+        PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
     )  # fmt: skip
     if state_ptr is not None:
         _store_state(state_ptr, sequence * heads + head, head, heads, plus, z_plus, C)
@@ -366,17 +397,11 @@ def backward_kernel(
     """The whole backward pass of a sequence."""
     wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    if C.PLAIN and state_ptr is None:
-        plus, z_plus = sum_plain_keys(
-            k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, 0, count, count, scale,
-            PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
-        )  # fmt: skip
-        plus, z_plus = tl.trans(plus), tl.sum(z_plus, 1) / z_plus.shape[1]
-    elif state_ptr is None:
-        plus, z_plus, _ = sum_keys(
+    if state_ptr is None:
+        plus, z_plus, _ = _sum_keys(
             k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
-            rope_ptr, rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale, PHI, PAD, OPERAND,
-            PRECISION, C,
+            rope_ptr, rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale,
+            PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
         )  # fmt: skip
     else:
         plus, z_plus = _load_state(state_ptr, sequence * heads + head, head, heads, C)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from flash_bla.ops import triton_single as single
 from flash_bla.ops.arguments import convert, unpack
 from flash_bla.ops.feature_maps import FeatureMap
+from flash_bla.ops.triton_focusing import focusing_output_kernel
 from flash_bla.ops.triton_kernels import (
     backward_kernel,
     forward_kernel,
@@ -55,9 +56,14 @@ from flash_bla.ops.triton_tuning import widest_values
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
+def _programs(kernel, problem: Problem) -> int:
+    """How many work on each split."""
+    return problem.sequences if kernel is focusing_output_kernel else problem.programs(problem.plan(kernel)[0])
+
+
 def _launch(kernel, problem: Problem, arguments: dict, splits: int = 1) -> None:
     C, tuning = problem.plan(kernel)
-    programs = problem.programs(C)
+    programs = _programs(kernel, problem)
     if programs > 0:
         places = tuning.resident * multiprocessors(problem.record.device) if tuning.persistent else programs
         # a loop of one tile needs no pipeline
@@ -73,7 +79,7 @@ def _split(kernel, problem: Problem, length: int) -> int:
     if problem.cu_seqlens is not None:
         length = problem.max_seqlen
     places = tuning.resident * multiprocessors(problem.record.device)
-    return max(1, min(places // max(problem.programs(C), 1), cdiv(length, C.BLOCK_N), 65535))
+    return max(1, min(places // max(_programs(kernel, problem), 1), cdiv(length, C.BLOCK_N), 65535))
 
 
 def _fits(kernel, problem: Problem) -> bool:
@@ -125,7 +131,8 @@ def record_forward(record: Record, *arguments: Any) -> tuple[Tensor, Tensor | No
     p, _ = _start(record, tensors, options)
     ratios = p.empty_ratios()
     if ratios is not None and not p.ratios_in_loops:  # whose loops compute them
-        write_norm_ratios(record, ratios, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
+        queries = not p.query_ratios_in_outputs
+        write_norm_ratios(record, ratios, p.q, p.k, p.key_encoding, p.parameter, p.exponent, queries)
     return *_record_output(record, p.with_ratios(ratios), keep_state), ratios
 
 
@@ -137,7 +144,7 @@ def _record_output(record: Record, p: Problem, keep_state: bool) -> tuple[Tensor
         _launch(single.plain_single_forward_kernel if plain else single.single_forward_kernel, p, arguments)
         return o, None
     whole = forward_kernel if p.signs == 1 else signed_forward_kernel
-    if _fits(whole, p):
+    if not p.query_ratios_in_outputs and _fits(whole, p):
         state = p.saved_state() if keep_state else None
         _launch(whole, p, arguments | dict(state_ptr=state))
         return o, state
@@ -147,6 +154,8 @@ def _record_output(record: Record, p: Problem, keep_state: bool) -> tuple[Tensor
         arguments |= dict(query_sum_ptr=query_sums, query_splits=query_splits)
         _launch(query_sum_kernel, p, arguments, query_splits)
     sums, output = (state_kernel, output_kernel) if p.signs == 1 else (signed_state_kernel, signed_output_kernel)
+    if p.query_ratios_in_outputs:
+        output = focusing_output_kernel
     splits = _split(sums, p, p.k.shape[2])
     state = p.empty_state(splits)
     _launch(sums, p, arguments | dict(state_ptr=state), splits)

@@ -5,7 +5,8 @@ For equations and names see triton_kernels.py.
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import jit, tl
+from flash_bla.ops.triton_plain import _by_thread, _to_value_columns, thread_operand
+from flash_bla.ops.triton_support import fast_inverse, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_rows,
     _both_by_head,
@@ -67,8 +68,7 @@ def sum_keys(
     total = _zeros(C.BLOCK_N, C.GROUP)
 
     for start in range(begin, end, C.BLOCK_N):
-        n = start + tl.arange(0, C.BLOCK_N)
-        inside = n < end
+        inside = tl.arange(0, C.BLOCK_N) < end - start
         mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
         # φ is zero where PAD stands; so is a weight of the softmax
         k = tl.load(k_ptr + k_tile, mask=mask, other=0.0 if C.SOFTMAX else PAD).to(tl.float32)
@@ -76,6 +76,7 @@ def sum_keys(
             k += tl.load(e_ptr + e_tile, mask=mask, other=0.0).to(tl.float32)
             e_ptr = _next(e_ptr, e_strides, C)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
+        inside = start + tl.arange(0, C.BLOCK_N) < end  # said otherwise than for the loads: see ``write_plain_output``
         phi = PHI(k, a, C.EXPONENT)
         if C.RATIOS:
             ratio = _norm_ratio(k, a, C)[0]
@@ -150,14 +151,14 @@ def write_output(
     plus, z_plus = _times_factor(plus, z_plus, _load_factor(a_ptr, head, heads, C), C)
     plus = tl.trans(plus.to(OPERAND))
     if C.NORMALIZE:
-        z = _vector_operand(z_plus, C.BLOCK_D, OPERAND, C)
+        z = thread_operand(z_plus, OPERAND, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
 
     for start in range(begin, end, C.BLOCK_N):
-        n = start + tl.arange(0, C.BLOCK_N)
-        inside = n < end
+        inside = tl.arange(0, C.BLOCK_N) < end - start
         mask = inside[:, None] & exists[None, :]
         q = tl.load(q_ptr + q_tile, mask=mask, other=0.0)
+        inside = start + tl.arange(0, C.BLOCK_N) < end
         if C.ROPE or C.PARAMETER:  # features are used twice
             q = _to_product_layout(q, identity, OPERAND)
         phi = PHI(q.to(tl.float32), a, C.EXPONENT)
@@ -173,7 +174,8 @@ def write_output(
             # the next tile's: by itself, the compiler loads ahead only what products take
             wq_ptr = _next(wq_ptr, wq_strides, C)
             if not C.RATIOS:
-                w = _load_weight(wq_ptr, wq_strides, head, heads, n + C.BLOCK_N < end, 1.0, C)
+                following = start + C.BLOCK_N + tl.arange(0, C.BLOCK_N) < end
+                w = _load_weight(wq_ptr, wq_strides, head, heads, following, 1.0, C)
         turned = phi
         if C.ROPE:
             cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
@@ -184,7 +186,10 @@ def write_output(
             denominator = phi.to(OPERAND)
             if C.DECOUPLED:
                 denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(OPERAND)
-            o *= _to_columns(1.0 / (_vector_product(denominator, z, PRECISION, C) + least), C)
+            denominator = _by_thread(tl.dot(denominator, z, input_precision=PRECISION), C)
+            if C.QUERY_WEIGHT:
+                least = least[:, :, None]
+            o *= _to_value_columns(fast_inverse(denominator + least), C)
         tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
         if C.DECOUPLED:
@@ -235,11 +240,11 @@ def differentiate_queries(
     dz_plus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
     for start in range(begin, end, C.BLOCK_N):
-        n = start + tl.arange(0, C.BLOCK_N)
-        inside = n < end
+        inside = tl.arange(0, C.BLOCK_N) < end - start
         mask, do_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
         q = _to_product_layout(tl.load(q_ptr + q_tile, mask=mask, other=0.0), identity, OPERAND)
         do = tl.load(do_ptr + do_tile, mask=do_mask, other=0.0).to(OPERAND)
+        inside = start + tl.arange(0, C.BLOCK_N) < end
         phi = PHI(q, a, C.EXPONENT)
         unweighted = phi
         least = eps
@@ -268,7 +273,7 @@ def differentiate_queries(
                 weight = _by_head(phi * d_phi, C)
             else:
                 inverse, weight = _both_by_head(denominator * z_plus, (phi if GRADIENT else turned) * d_phi, C)
-            inverse = 1.0 / (inverse + tl.where(inside[:, None], least, 1.0))
+            inverse = fast_inverse(inverse + tl.where(inside[:, None], least, 1.0))
             shift = inverse * 0.0
             if C.CENTER:
                 shift = _vector_product(do, mean_operand, PRECISION, C)
@@ -291,6 +296,7 @@ def differentiate_queries(
             d_plus = tl.dot(tl.trans(do), turned.to(OPERAND), d_plus, input_precision=PRECISION)
 
         if GRADIENT:
+            mask = inside[:, None] & exists[None, :]
             if C.DECOUPLED:
                 tl.store(dqd_ptr + dqd_tile, (weight * z_plus).to(dqd_ptr.dtype.element_ty), mask=mask)
             elif C.NORMALIZE and not BY_PRODUCT:
@@ -363,14 +369,14 @@ def differentiate_keys(
     sums = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
     for start in range(begin, end, C.BLOCK_N):
-        n = start + tl.arange(0, C.BLOCK_N)
-        inside = n < end
+        inside = tl.arange(0, C.BLOCK_N) < end - start
         mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
         k = _to_product_layout(tl.load(k_ptr + k_tile, mask=mask, other=0.0), identity, OPERAND)
         if e_ptr is not None:
             k += _to_product_layout(tl.load(e_ptr + e_tile, mask=mask, other=0.0), identity, OPERAND)
             e_ptr = _next(e_ptr, e_strides, C)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
+        inside = start + tl.arange(0, C.BLOCK_N) < end
         phi = PHI(k, a, C.EXPONENT)
         w = None
         if C.KEY_WEIGHT:
@@ -385,6 +391,7 @@ def differentiate_keys(
             turned = _turn(phi, cos, sin, C)
         operand = (turned if w is None else turned * w).to(OPERAND)
         dv = tl.dot(operand, tl.trans(d_plus), input_precision=PRECISION)
+        mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
         tl.store(dv_ptr + dv_tile, (dv * scale).to(dv_ptr.dtype.element_ty), mask=v_mask)
         d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
         if C.SOFTMAX:  # of rounded features as S is, or what is left of its difference from the average were rounding

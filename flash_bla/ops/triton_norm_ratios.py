@@ -7,7 +7,8 @@ in which nothing overflows, r = n^((1 - p) / 2) / (Σ sᵖ)^½ and
 
 Where there is a denominator, the queries' ratio cancels but for ε, and its gradient is zero in half precision, mostly.
 Where a token has but one head, the loops over its rows compute the ratios and add the keys' gradient by them, mostly
-(``Problem.ratios_in_loops``).
+(``Problem.ratios_in_loops``). Where it has few, the loop that writes the outputs computes those of the queries
+(``Problem.query_ratios_in_outputs``).
 """
 
 from __future__ import annotations
@@ -112,15 +113,17 @@ def norm_ratio_kernel(
     q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, scale_ptr, ratio_ptr, query_length, key_length,
     W: tl.constexpr,
 ):  # fmt: skip
-    """The ratios of queries and keys, each padded: programs share the rows (axis 1) of a sequence (axis 0).
+    """The ratios of queries, if any, and keys, each padded: programs share the rows (axis 1) of a sequence (axis 0).
 
     An encoding, if any, is added to the keys; its stride from one sequence to the next is zero.
     """
     wait_for_inputs()
     inverses, least = _load_scale(scale_ptr, W)
     padded_queries, padded_keys = tl.cdiv(query_length, 16) * 16, tl.cdiv(key_length, 16) * 16
-    begin, end = share(tl.maximum(padded_queries, padded_keys), tl.program_id(1), tl.num_programs(1), W.BLOCK_N)
-    q_ptr, q_offsets = _start(q_ptr, q_strides, begin), _offsets(q_strides, W)
+    rows = padded_keys if q_ptr is None else tl.maximum(padded_queries, padded_keys)
+    begin, end = share(rows, tl.program_id(1), tl.num_programs(1), W.BLOCK_N)
+    if q_ptr is not None:
+        q_ptr, q_offsets = _start(q_ptr, q_strides, begin), _offsets(q_strides, W)
     k_ptr, k_offsets = _start(k_ptr, k_strides, begin), _offsets(k_strides, W)
     e_offsets = k_offsets
     if e_ptr is not None:
@@ -130,14 +133,15 @@ def norm_ratio_kernel(
     for start in tl.range(begin, end, W.BLOCK_N, num_stages=3):
         n = start + tl.arange(0, W.BLOCK_N)
         ratios = ratio_ptr + start
-        _write_ratios(
-            q_ptr, q_offsets, None, q_offsets, n < query_length, inverses, least, ratios, n < padded_queries, W
-        )
+        if q_ptr is not None:
+            _write_ratios(
+                q_ptr, q_offsets, None, q_offsets, n < query_length, inverses, least, ratios, n < padded_queries, W
+            )
+            q_ptr += step * q_strides[2]
         ratios += padded_queries
         _write_ratios(k_ptr, k_offsets, e_ptr, e_offsets, n < key_length, inverses, least, ratios, n < padded_keys, W)
         if e_ptr is not None:
             e_ptr += step * e_strides[2]
-        q_ptr += step * q_strides[2]
         k_ptr += step * k_strides[2]
 
 
@@ -320,7 +324,8 @@ def multiply(record: Record, x: Tensor, y: Tensor | None = None) -> Tensor:
 
 
 def write_norm_ratios(
-    record: Record, ratios: Tensor, q: Tensor, k: Tensor, encoding: Tensor | None, scale: Tensor, exponent: int
+    record: Record, ratios: Tensor, q: Tensor, k: Tensor, encoding: Tensor | None, scale: Tensor, exponent: int,
+    queries: bool = True,
 ) -> None:  # fmt: skip
     """‖u‖ / ‖uᵖ‖ with u = (max(x, 0) + 1e-6) / scale, over all heads and channels of a token.
 
@@ -332,14 +337,16 @@ def write_norm_ratios(
         encoding: ``(H, M, D)`` or None, what is added to the keys.
         scale: Positive, float32, ``(H, D)``.
         exponent: p.
+        queries: Whether to write those of the queries, too.
     """
     W = _width(q, _are_packed(q, k, encoding), exponent)
     arguments = dict(
-        q_ptr=q, q_strides=q.stride(), k_ptr=k, k_strides=k.stride(), e_ptr=encoding,
+        q_ptr=q if queries else None, q_strides=q.stride(), k_ptr=k, k_strides=k.stride(), e_ptr=encoding,
         e_strides=encoding_strides(encoding), scale_ptr=record.contiguous(scale), ratio_ptr=ratios,
         query_length=q.shape[2], key_length=k.shape[2], W=W,
     )  # fmt: skip
-    grid = _programs(q, max(q.shape[2], k.shape[2]), W, 6, record.device)
+    rows, resident = (max(q.shape[2], k.shape[2]), 6) if queries else (k.shape[2], 8)
+    grid = _programs(q, rows, W, resident, record.device)
     record.launch(norm_ratio_kernel, grid, arguments)
 
 

@@ -3,8 +3,10 @@
 They do what those of triton_loops.py do, with fewer instructions: forward with two thirds of them. Features are rounded
 to operands as they are computed, two at a time. S is summed as φ(k)ᵀ v, not transposed: φ(k)ᵀ is loaded as such and
 goes to the matrix units from registers, as no other operand that is computed can, and so nothing waits for shared
-memory. z is a product as well, φ(k)ᵀ with ones, and comes as what the queries are multiplied with. Rows outside a
+memory. z is a product as well, φ(k)ᵀ with a number, and comes as what the queries are multiplied with. Rows outside a
 sequence are zeros, as are their values: they count for nothing in S, and z sums a tile that has such rows apart.
+
+So are keys summed that have weights, a focusing map or another type, where a feature takes but its own channel.
 
 For equations and names see triton_kernels.py.
 """
@@ -18,8 +20,10 @@ from flash_bla.ops.triton_tiles import (
     _by_eighth,
     _columns,
     _identity,
+    _load_weight,
     _mask_heads,
     _next,
+    _start,
     _state_offsets,
     _state_rows,
     _sum_eighths,
@@ -96,6 +100,12 @@ def _z_operand(z, OPERAND: tl.constexpr, C: tl.constexpr):
 
 
 @jit
+def thread_operand(z, OPERAND: tl.constexpr, C: tl.constexpr):
+    """The same of a vector (D)."""
+    return _z_operand(z[:, None] + _zeros(1, _parts(C).shape[0]), OPERAND, C)
+
+
+@jit
 def _by_thread(products, C: tl.constexpr):
     """Sums of a product's parts, as each of 4 threads has them: (rows, parts) to (rows, GROUP, 4)."""
     sums = tl.sum(tl.reshape(products, C.BLOCK_N, products.shape[1] // 8, 4, 2), 3)
@@ -115,24 +125,21 @@ def _to_value_columns(x, C: tl.constexpr):
 
 @jit
 def sum_plain_keys(
-    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, batch, head, heads, first, begin, end, count, scale,
+    k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, wk_ptr, wk_strides, batch, head, heads, first, begin, end,
+    count, scale,
     PHI: tl.constexpr, PHI_ROUNDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """S = s Σ φ(k)ᵀ v and z = Σ φ(k) / M over the rows from ``begin`` to ``end``."""
+    """S = s Σ φ(k)ᵀ v and z = Σ φ(k) / M over the rows from ``begin`` to ``end``, of keys with weights, too."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
     v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
     if e_ptr is not None:
         e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
+    if C.KEY_WEIGHT:
+        wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
     plus, z = _zeros(C.BLOCK_D, C.BLOCK_DV), _zeros(C.BLOCK_D, 16)
-    # The first half of z's columns sums all tiles but the last, the second half the last without the rows that do not
-    # exist, of which φ(0) may be much more than a feature. Twos and halves: by itself the compiler would make both
-    # products one sum that goes on through the loop, and then wait after each instruction of either.
-    last = begin + (tl.maximum(end - begin, 1) - 1) // C.BLOCK_N * C.BLOCK_N
-    is_first = (tl.arange(0, 16) < 8)[None, :]
-    twos = tl.where(is_first | (last + tl.arange(0, C.BLOCK_N) < end)[:, None], 2.0, 0.0).to(OPERAND)
-    halves = tl.where(is_first, 0.5, 0.0)
+    last, twos = sum_operand(begin, end, OPERAND, C)
 
     for start in range(begin, end, C.BLOCK_N):
         inside = start + tl.arange(0, C.BLOCK_N) < end
@@ -140,20 +147,43 @@ def sum_plain_keys(
         k = tl.load(k_ptr + tl.trans(k_tile), mask=mask, other=0.0)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         if e_ptr is not None:
-            e = tl.load(e_ptr + tl.trans(e_tile), mask=mask, other=0.0)
+            k = k.to(tl.float32) + tl.load(e_ptr + tl.trans(e_tile), mask=mask, other=0.0).to(tl.float32)
             e_ptr = _next(e_ptr, e_strides, C)
-            phi = PHI(k.to(tl.float32) + e.to(tl.float32), 1.0, C.EXPONENT).to(OPERAND)
+        if C.KEY_WEIGHT:
+            w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
+            wk_ptr = _next(wk_ptr, wk_strides, C)
+            phi = (PHI(k.to(tl.float32), 1.0, C.EXPONENT) * tl.trans(w)).to(OPERAND)
         else:
             phi = PHI_ROUNDED(k, PHI, C.EXPONENT, OPERAND)
         plus = tl.dot(phi, v, plus, input_precision=PRECISION)
         if C.NORMALIZE:
-            z += tl.where(start < last, halves, 0.5 - halves) * tl.dot(phi, twos, input_precision=PRECISION)
+            z = add_to_sums(z, phi, twos, start < last, PRECISION)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
 
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
         scale = one
     return _mask_plain(plus * scale, _add_halves(z * one, C), C)
+
+
+@jit
+def sum_operand(begin, end, OPERAND: tl.constexpr, C: tl.constexpr):
+    """The first row of the last tile, and what tiles of features are multiplied with for their sums over rows.
+
+    The first half of the sums' 16 columns is of all tiles but the last, the second half of the last without the rows
+    that do not exist, of which φ(0) may be much more than a feature.
+    """
+    last = begin + (tl.maximum(end - begin, 1) - 1) // C.BLOCK_N * C.BLOCK_N
+    exists = (tl.arange(0, 16) < 8)[None, :] | (last + tl.arange(0, C.BLOCK_N) < end)[:, None]
+    return last, tl.where(exists, 2.0, 0.0).to(OPERAND)
+
+
+@jit
+def add_to_sums(sums, phi, twos, before_last, PRECISION: tl.constexpr):
+    """Twos and halves: by itself the compiler would make the loop's products one sum that goes on through it, and then
+    wait after each instruction of either."""
+    halves = tl.where(tl.arange(0, 16) < 8, 0.5, 0.0)[None, :]
+    return sums + tl.where(before_last, halves, 0.5 - halves) * tl.dot(phi, twos, input_precision=PRECISION)
 
 
 @jit

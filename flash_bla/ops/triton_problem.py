@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_bla.ops.feature_maps import LOOP_FEATURE_MAPS, TRITON_FEATURE_MAPS
 from flash_bla.ops.triton_norm_ratios import encoding_strides, multiply, ratios_shape, split_ratios
-from flash_bla.ops.triton_support import Record, cdiv, is_hopper, padded, precision
+from flash_bla.ops.triton_support import Record, cdiv, is_hopper, padded, power_of_two, precision
 from flash_bla.ops.triton_tiles import Config
 from flash_bla.ops.triton_tuning import Tuning, plan
 
@@ -82,6 +82,22 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     @property
+    def query_ratios_in_outputs(self) -> bool:
+        """Whether the loop that writes the outputs computes the queries' norm ratios: that of all heads of a token."""
+        _, H, _, D = self.q.shape
+        return (
+            self.feature_map == "focusing_power" and not self.ratios_in_loops and not self.short and self.normalize
+            and self.cu_seqlens is None and self.q.dtype == torch.bfloat16 and max(D, self.v.shape[3]) <= 64
+            and H * max(16, power_of_two(D)) <= 128
+        )  # fmt: skip
+
+    @property
+    def few(self) -> bool:
+        """Whether keys may be so few that z must sum rounded features; but for ``sum_keys`` loops always do."""
+        others = self.softmax or self.ratios_in_loops or self.rope is not None or self.q_denominator is not None
+        return others and (self.cu_seqlens is not None or self.k.shape[2] <= 4 * self.q.shape[3])
+
+    @property
     def plain(self) -> bool:
         """Whether the loops of triton_plain.py do all that is asked for."""
         others = self.q_denominator, self.parameter, self.key_weight, self.rope
@@ -144,8 +160,7 @@ class Problem(NamedTuple):
             self.exponent, self.signs == 2, self.parameter is not None, self.normalize,
             self.normalize and self.rope is None and self.q_denominator is None, self.rope is not None,
             self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None, self.softmax,
-            self.cu_seqlens is not None, self.scale is None,
-            self.cu_seqlens is not None or self.k.shape[2] <= 4 * D,
+            self.cu_seqlens is not None, self.scale is None, self.few,
             any(is_wide(x) for x in (self.q, self.k, self.v)), self.align, self.ratios_in_loops, self.plain,
         )  # fmt: skip
         return plan(kernel, D, self.v.shape[3], H, self.q.dtype, is_hopper(self.record.device), flags)
@@ -172,8 +187,8 @@ class Problem(NamedTuple):
             e_ptr=self.key_encoding, e_strides=encoding_strides(self.key_encoding), a_ptr=self.parameter,
             rope_ptr=self.rope, rope_strides=_rope_strides(self.rope), cu_seqlens=self.cu_seqlens, query_sum_ptr=None,
             query_splits=0, query_length=self.q.shape[2], key_length=self.k.shape[2], heads=self.q.shape[1],
-            scale=self.scale or 0.0, eps=self.eps, PHI=phi, PHI_ROUNDED=phi_rounded, PHI_DX=phi_dx, PHI_DA=phi_da,
-            PAD=pad, **precision(self.q.dtype),
+            HEADS=self.q.shape[1], scale=self.scale or 0.0, eps=self.eps, PHI=phi, PHI_ROUNDED=phi_rounded,
+            PHI_DX=phi_dx, PHI_DA=phi_da, PAD=pad, **precision(self.q.dtype),
         )  # fmt: skip
 
 

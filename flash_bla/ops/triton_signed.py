@@ -21,12 +21,12 @@ sequences, as triton_kernels.py has them.
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_support import computed_here, fast_rounded_parts, jit, tl
+from flash_bla.ops.triton_plain import _to_value_columns
+from flash_bla.ops.triton_support import computed_here, fast_inverse, fast_rounded_parts, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_products,
     _both_by_head,
     _by_head,
-    _by_sixteenth,
     _columns,
     _identity,
     _load_parameter,
@@ -193,6 +193,29 @@ def _denominators(features, vectors, eps, PRECISION: tl.constexpr, C: tl.constex
 
 
 @jit
+def _thread_operand(first, second, OPERAND: tl.constexpr, C: tl.constexpr):
+    """A vector for each half as what features are multiplied with, so that each thread has the products that it needs.
+
+    As the parts in triton_plain.py: columns are (head, half, thread, number rounded and what that leaves).
+    """
+    column = tl.arange(0, 16 * C.GROUP)[None, :]
+    x = tl.where(column // 8 % 2 == 0, first[:, None], second[:, None])
+    rounded = x.to(OPERAND)
+    x = tl.where(column % 2 == 0, rounded, (x - rounded.to(tl.float32)).to(OPERAND))
+    if C.GROUP > 1:
+        h = tl.arange(0, C.BLOCK_D)[:, None] // (C.BLOCK_D // C.GROUP)
+        x = tl.where(column // 16 == h, x, 0.0)
+    return x
+
+
+@jit
+def _by_thread_and_half(products, C: tl.constexpr):
+    """Sums of a product's parts for the first and the second half, as each of 4 threads has them: (rows, GROUP, 4)."""
+    sums = tl.sum(tl.reshape(products, C.BLOCK_N, C.GROUP, 2, 4, 2), 4)
+    return tl.split(tl.permute(sums, (0, 1, 3, 2)))
+
+
+@jit
 def _weights(first, second, OPERAND: tl.constexpr, C: tl.constexpr):
     """Numbers for each head and half, (rows, GROUP), as what is multiplied with transposed ``_vector_operands``."""
     x = tl.join(first, second)[:, :, None, :]
@@ -245,43 +268,35 @@ def sum_signed_keys(
         e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
     if C.KEY_WEIGHT:
         wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
-    a = _load_parameter(a_ptr, head, heads, C)
-    states = (_zeros(C.BLOCK_DV, C.BLOCK_D), _zeros(C.BLOCK_DV, C.BLOCK_D))
-    r_plus, r_minus = _zeros(16, C.BLOCK_D), _zeros(16, C.BLOCK_D)
+    a = tl.trans(_load_parameter(a_ptr, head, heads, C))
+    plus, minus = _zeros(C.BLOCK_D, C.BLOCK_DV), _zeros(C.BLOCK_D, C.BLOCK_DV)
+    r_plus, r_minus = _zeros(C.BLOCK_D, 16), _zeros(C.BLOCK_D, 16)
+    twos = tl.full((C.BLOCK_N, 16), 2.0, OPERAND)  # and halves: see ``add_to_sums``
     for start in range(begin, end, C.BLOCK_N):
         inside = start + tl.arange(0, C.BLOCK_N) < end
-        mask = inside[:, None] & exists[None, :]
-        k = tl.load(k_ptr + k_tile, mask=mask, other=0.0).to(tl.float32)
+        mask = inside[None, :] & exists[:, None]
+        k = tl.load(k_ptr + tl.trans(k_tile), mask=mask, other=0.0).to(tl.float32)
         if e_ptr is not None:
-            k += tl.load(e_ptr + e_tile, mask=mask, other=0.0).to(tl.float32)
+            k += tl.load(e_ptr + tl.trans(e_tile), mask=mask, other=0.0).to(tl.float32)
             e_ptr = _next(e_ptr, e_strides, C)
         v = tl.load(v_ptr + v_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
         p = PHI(k, a, C.EXPONENT)
-        # of few tokens r must sum features rounded as those that R sums
         if C.KEY_WEIGHT:
             w = _to_columns(_load_weight(wk_ptr, wk_strides, head, heads, inside, 0.0, C), C)
-            states = _products(tl.trans(v), _weighted_parts(p, w, OPERAND), states, PRECISION)
-            positive = p > 0.0
-            p *= w
-            if C.FEW:
-                p = _rounded(p, OPERAND)
-            r_plus += _by_sixteenth(tl.where(positive, p, 0.0), C)
-            r_minus += _by_sixteenth(tl.where(positive, 0.0, p), C)
-        else:
-            states = _products(tl.trans(v), fast_rounded_parts(p, OPERAND, False), states, PRECISION)
-            if C.FEW:
-                p = _rounded(p, OPERAND)
-            r_plus += _by_sixteenth(tl.maximum(p, 0.0), C)
-            r_minus += _by_sixteenth(tl.minimum(p, 0.0), C)
-        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
-        if C.KEY_WEIGHT:
             wk_ptr = _next(wk_ptr, wk_strides, C)
+            p_plus, p_minus = _weighted_parts(p, tl.trans(w), OPERAND)
+        else:
+            p_plus, p_minus = fast_rounded_parts(p, OPERAND, False)
+        plus = tl.dot(p_plus, v, plus, input_precision=PRECISION)
+        minus = tl.dot(p_minus, v, minus, input_precision=PRECISION)
+        r_plus += 0.5 * tl.dot(p_plus, twos, input_precision=PRECISION)
+        r_minus += 0.5 * tl.dot(p_minus, twos, input_precision=PRECISION)
+        k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
         scale = one
-    plus, minus = states
-    plus, minus = _mask_heads(plus * scale, C), _mask_heads(minus * scale, C)
-    return plus, minus, tl.sum(r_plus, 0) * one, tl.sum(r_minus, 0) * one
+    plus, minus = _mask_heads(tl.trans(plus) * scale, C), _mask_heads(tl.trans(minus) * scale, C)
+    return plus, minus, tl.sum(r_plus, 1) * (one / 16), tl.sum(r_minus, 1) * (one / 16)
 
 
 @jit
@@ -296,14 +311,18 @@ def write_signed_output(
     a = _load_parameter(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     states = tl.trans(plus.to(OPERAND)), tl.trans(minus.to(OPERAND))
-    vectors = _vector_operands(r_plus, r_minus, OPERAND, C)
+    vectors = _thread_operand(r_plus, -r_minus, OPERAND, C), _thread_operand(r_minus, -r_plus, OPERAND, C)
     for start in range(begin, end, C.BLOCK_N):
-        inside = start + tl.arange(0, C.BLOCK_N) < end
+        inside = tl.arange(0, C.BLOCK_N) < end - start
         q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
         features = fast_rounded_parts(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND, False)
-        first_half, second_half = _denominators(features, vectors, eps, PRECISION, C)
+        products = _product(features, vectors, _zeros(C.BLOCK_N, 16 * C.GROUP), PRECISION)
+        first_half, second_half = _by_thread_and_half(products, C)
         o = _product(features, states, _zeros(C.BLOCK_N, C.BLOCK_DV), PRECISION)
-        o = _times_halves(o, 1.0 / first_half, 1.0 / second_half, C)
+        first_half = _to_value_columns(fast_inverse(first_half + eps), C)
+        second_half = _to_value_columns(fast_inverse(second_half + eps), C)
+        o *= tl.where(_first_half(C)[None, :], first_half, second_half)
+        inside = start + tl.arange(0, C.BLOCK_N) < end  # said otherwise than for the load: see ``write_plain_output``
         tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
 
@@ -327,9 +346,10 @@ def sum_signed_queries(
     moved = _row_operand(-eps * mean, OPERAND)
     d_states = (_zeros(C.BLOCK_DV, C.BLOCK_D), _zeros(C.BLOCK_DV, C.BLOCK_D))
     for start in range(begin, end, C.BLOCK_N):
-        inside = start + tl.arange(0, C.BLOCK_N) < end
+        inside = tl.arange(0, C.BLOCK_N) < end - start
         q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
         do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0)
+        inside = start + tl.arange(0, C.BLOCK_N) < end
         features = fast_rounded_parts(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND, False)
         one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
         first_half, second_half = _denominators(features, vectors, one, PRECISION, C)
@@ -376,9 +396,8 @@ def differentiate_signed_queries(
     dr_minus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     for start in range(begin, end, C.BLOCK_N):
-        inside = start + tl.arange(0, C.BLOCK_N) < end
-        mask = inside[:, None] & exists[None, :]
-        q = tl.load(q_ptr + q_tile, mask=mask, other=0.0)
+        inside = tl.arange(0, C.BLOCK_N) < end - start
+        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
         do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0)
         inverse = _load_weight(i_ptr, rows_strides, head, heads, inside, 0.0, C)
         other = _load_weight(j_ptr, rows_strides, head, heads, inside, 0.0, C)
@@ -390,7 +409,8 @@ def differentiate_signed_queries(
         q = _to_product_layout(q, identity, OPERAND)
         d_plus, d_minus = d_features
         dq = tl.where(q > 0.0, d_plus, d_minus) * PHI_DX(q, 0.0, a, C.EXPONENT)
-        tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
         da = computed_here(_add_products(da, dq, PHI_DA(q, 0.0, a, C.EXPONENT), C), zero)  # zero where there is no row
         p = PHI(q, a, C.EXPONENT)
         weight, other = _to_columns(weight, C), _to_columns(other, C)
@@ -438,10 +458,10 @@ def differentiate_signed_keys(
     zero = tl.minimum(end, 0).to(tl.int32)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     for start in range(begin, end, C.BLOCK_N):
-        inside = start + tl.arange(0, C.BLOCK_N) < end
-        mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
+        inside = tl.arange(0, C.BLOCK_N) < end - start
+        mask = inside[:, None] & exists[None, :]
         k = tl.load(k_ptr + k_tile, mask=mask, other=0.0)
-        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
+        v = tl.load(v_ptr + v_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
         if C.MEAN:
             d_features = _products(_ones(OPERAND, C), vectors, None, PRECISION)
             dk_plus, dk_minus = _products(v, d_states, d_features, PRECISION)
@@ -461,7 +481,8 @@ def differentiate_signed_keys(
             dp *= w
             wk_ptr, dwk_ptr = _next(wk_ptr, wk_strides, C), _next(dwk_ptr, dwk_strides, C)
         dk = dp * PHI_DX(k, 0.0, a, C.EXPONENT)
-        tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+        inside = start + tl.arange(0, C.BLOCK_N) < end
+        tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
         da = computed_here(_add_products(da, dk, PHI_DA(k, 0.0, a, C.EXPONENT), C), zero)
         dv = _zeros(C.BLOCK_N, C.BLOCK_DV)
         if C.KEY_WEIGHT:
@@ -471,7 +492,7 @@ def differentiate_signed_keys(
         dv = _product(features, transposed, dv, PRECISION)
         if not C.MEAN:
             dv *= scale
-        tl.store(dv_ptr + dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=v_mask)
+        tl.store(dv_ptr + dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
     return _power_gradient(_sum_eighths(da), a, C)

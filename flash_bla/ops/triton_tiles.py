@@ -32,7 +32,7 @@ class Config(NamedTuple):
     SOFTMAX: bool  # keys: weights are a softmax of their products with the queries' mean
     VARLEN: bool
     MEAN: bool  # s = 1 / M
-    FEW: bool  # keys: z sums rounded features
+    FEW: bool  # keys: z of ``sum_keys`` sums rounded features
     WIDE: bool  # tiles that span 2³¹ elements and more
     ALIGN: int  # divides all strides but the columns'
     RATIOS: bool  # the loops compute the norm ratios and leave them as weights, and add the keys' gradient by them

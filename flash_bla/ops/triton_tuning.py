@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_bla.ops.triton_focusing import focusing_output_kernel
 from flash_bla.ops.triton_kernels import (
     backward_kernel,
     forward_kernel,
@@ -53,7 +54,7 @@ class Tuning(NamedTuple):
 # Tiles of 128 columns have a table of their own on Hopper chips: a product there takes 64 rows for each four warps, and
 # would be computed twice by eight of them if the tile had no more.
 _PLAIN = {
-    query_sum_kernel: (Tuning(64, 8, 1, None), Tuning(64, 8, 1, None)),
+    query_sum_kernel: (Tuning(64, 6, 4, None), Tuning(64, 6, 4, None)),
     state_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, None)),
     output_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
     query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
@@ -67,7 +68,7 @@ _PLAIN = {
 }
 _ROPE = _PLAIN | {
     state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
-    output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 4, 3, 128)),
+    output_kernel: (Tuning(32, 4, 4, 128), Tuning(64, 4, 3, 128)),
     query_gradient_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
     backward_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
 }
@@ -77,17 +78,17 @@ TUNING = {
     "softmax": _ROPE
     | {
         state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 4, 4, 128)),
+        output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 2, 4, 128)),
     },
     "focusing": _PLAIN
     | {
-        state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
+        focusing_output_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
     },
     "signed": {
-        signed_state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
-        signed_output_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
+        signed_state_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, None)),
+        signed_output_kernel: (Tuning(64, 3, 4, 168), Tuning(64, 3, 4, 168)),
         signed_sum_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
         signed_query_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_key_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
@@ -97,7 +98,7 @@ TUNING = {
         single_backward_kernel: _PLAIN[single_backward_kernel],
     },
     "wide": {
-        query_sum_kernel: (None, Tuning(0, 8, 1, None, warps=4, rows=64)),
+        query_sum_kernel: (None, Tuning(0, 4, 3, None, warps=4, rows=64)),
         state_kernel: (None, Tuning(0, 1, 3, None, warps=8, rows=64)),
         output_kernel: (None, Tuning(0, 2, 3, 168, warps=4, rows=64)),
         query_gradient_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
@@ -142,7 +143,7 @@ def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool,
     block_n = max(16, min(64, 2048 * warps // (max(block_d, block_dv) * size)))
     tuning = tuning._replace(warps=warps)
     wide = max(block_d, block_dv) > 64 or size > 2
-    if wide:  # they need more registers and shared memory
+    if wide and kernel is not query_sum_kernel:  # they need more registers and shared memory
         tuning = tuning._replace(num_stages=1, maxnreg=None)
     extras = config.DECOUPLED or (config.KEY_WEIGHT and not config.PARAMETER)
     if kernel is backward_kernel and extras or kernel is forward_kernel and (extras or config.ROPE):

@@ -18,11 +18,14 @@ from triton.compiler import ASTSource
 from flash_bla.ops import feature_maps
 from flash_bla.ops import triton_activations as activations
 from flash_bla.ops import triton_depthwise_conv as conv
+from flash_bla.ops import triton_focusing as focusing
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
+from flash_bla.ops import triton_loops as loops
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_plain as plain
 from flash_bla.ops import triton_polarity as polarity
+from flash_bla.ops import triton_problem as problem
 from flash_bla.ops import triton_rotary as rotary
 from flash_bla.ops import triton_signed as signed
 from flash_bla.ops import triton_single as single
@@ -50,6 +53,7 @@ VARIANTS = {
     "softmax": dict(feature_map="elu1", rope=True, softmax=True),
     "focusing": dict(feature_map="focusing_power", exponent=3, parameter=True, encoding=True),
     "focusing, one head": dict(feature_map="focusing_power", exponent=3, parameter=True, encoding=True, heads=1),
+    "focusing tokens": dict(feature_map="focusing_power", exponent=3, parameter=True, encoding=True, heads=2),
     "signed": dict(feature_map="signed_power", parameter=True, encoding=True),
     "decoupled": dict(feature_map="identity", decoupled=True),
 }
@@ -187,6 +191,8 @@ def main(targets):
         ("rope", torch.bfloat16, 32, 100),
         ("focusing", torch.bfloat16, 64, 50),
         ("focusing", torch.bfloat16, 64, 200),
+        ("focusing tokens", torch.bfloat16, 64, 5000),
+        ("focusing", torch.bfloat16, 64, 5000),
         ("focusing, one head", torch.float16, 64, 5000),
         ("focusing, one head", torch.float32, 64, 5000),
         ("rope, weight", torch.bfloat16, 128, 5000),
@@ -210,13 +216,14 @@ def main(targets):
         triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda target=target: target))
         feature_maps.fast_log2 = support.log2 if hip else support.fast_log2
         feature_maps.fast_exp_to_one = support.exp_to_one if hip else support.fast_exp_to_one
-        elu1 = list(feature_maps.TRITON_FEATURE_MAPS["elu1"])
-        elu1[1] = feature_maps._rounded if hip else feature_maps._elu1_rounded_nvidia
-        feature_maps.TRITON_FEATURE_MAPS["elu1"] = tuple(elu1)
-        module.is_hopper = lambda device, hopper=name == "sm_90": hopper
+        for maps in (feature_maps.TRITON_FEATURE_MAPS, feature_maps.LOOP_FEATURE_MAPS):
+            elu1 = list(maps["elu1"])
+            elu1[1] = feature_maps._rounded if hip else feature_maps._elu1_rounded_nvidia
+            maps["elu1"] = tuple(elu1)
+        problem.is_hopper = lambda device, hopper=name == "sm_90": hopper
         for kernels in (signed, single):
             kernels.fast_rounded_parts = support.rounded_parts if hip else support.fast_rounded_parts
-        for kernels in (plain, single):
+        for kernels in (focusing, loops, plain, signed, single):
             kernels.fast_inverse = support.inverse if hip else support.fast_inverse
         signed.computed_here = support.same if hip else support.computed_here
         most, count = (0, ""), 0
