@@ -19,10 +19,22 @@ def both(variant, inputs, **options):
     )
 
 
-# one head, whose loops compute the norms, several parts of a token's channels, odd heads, more heads than a tile holds
-@pytest.mark.parametrize("H, D", [(1, 24), (3, 32), (5, 64), (7, 16), (6, 128)], ids=str)
-def test_norms_run_over_all_heads(H, D):
-    inputs = make_inputs((2, H, 70, 70, D, D), FOCUSING, torch.bfloat16)
+SHAPES = [  # (H, N, M, D, Dv)
+    (1, 70, 70, 24, 24),  # its loops compute the norms
+    (2, 270, 270, 64, 64),  # the outputs' loop computes the queries'
+    (3, 140, 140, 32, 32),
+    (7, 70, 70, 16, 16),  # so do tiles of several heads, the last of fewer
+    (5, 67, 40, 8, 8),
+    (2, 100, 90, 20, 33),
+    (3, 70, 70, 32, 32),  # a launch for them all
+    (5, 70, 70, 64, 64),  # several parts of a token's channels
+    (6, 70, 70, 128, 128),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norms_run_over_all_heads(shape):
+    inputs = make_inputs((2, *shape), FOCUSING, torch.bfloat16)
     assert_close(*both(FOCUSING, inputs), TOLERANCE[torch.bfloat16])
 
 
@@ -50,7 +62,7 @@ def test_other_exponents(exponent, H):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("H, N", [(2, 64), (1, 80)])
+@pytest.mark.parametrize("H, N", [(2, 64), (1, 80), (2, 80)])
 def test_extreme_tokens(dtype, H, N):
     """Tokens without a positive channel, in one head or in all, tiny and huge ones, and scales of many sizes."""
     leaves, _, do = make_inputs((1, H, N, N, 16, 16), FOCUSING, torch.float32)
