@@ -12,7 +12,7 @@ triton_kernels.py and triton_norm_ratios.py.
 from __future__ import annotations
 
 from flash_bla.ops.feature_maps import integer_power
-from flash_bla.ops.triton_plain import _by_thread, _to_value_columns, thread_operand
+from flash_bla.ops.triton_plain import _by_thread, _to_value_columns, vector_by_thread
 from flash_bla.ops.triton_support import NOT_SPECIALIZED, fast_inverse, jit, share, tl, wait_for_inputs
 from flash_bla.ops.triton_tiles import (
     _columns,
@@ -53,7 +53,7 @@ def focusing_output_kernel(
         inverse_scales = inverse_scales + (1.0 / _load_parameter(a_ptr, head, HEADS, C),)
         plus, z = _load_state(state_ptr, batch * HEADS + head, head, HEADS, C)
         states = states + (tl.trans(plus.to(OPERAND)),)
-        sums = sums + (thread_operand(z, OPERAND, C),)
+        sums = sums + (vector_by_thread(z, OPERAND, C),)
 
     for start in range(begin, end, C.BLOCK_N):
         inside = tl.arange(0, C.BLOCK_N) < end - start

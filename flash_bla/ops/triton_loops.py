@@ -5,7 +5,7 @@ For equations and names see triton_kernels.py.
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_plain import _by_thread, _to_value_columns, thread_operand
+from flash_bla.ops.triton_plain import _by_thread, _to_value_columns, vector_by_thread
 from flash_bla.ops.triton_support import fast_inverse, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_rows,
@@ -151,7 +151,7 @@ def write_output(
     plus, z_plus = _times_factor(plus, z_plus, _load_factor(a_ptr, head, heads, C), C)
     plus = tl.trans(plus.to(OPERAND))
     if C.NORMALIZE:
-        z = thread_operand(z_plus, OPERAND, C)
+        z = vector_by_thread(z_plus, OPERAND, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
 
     for start in range(begin, end, C.BLOCK_N):

@@ -3,7 +3,7 @@
 They do what those of triton_loops.py do, with fewer instructions: forward with two thirds of them. Features are rounded
 to operands as they are computed, two at a time. S is summed as φ(k)ᵀ v, not transposed: φ(k)ᵀ is loaded as such and
 goes to the matrix units from registers, as no other operand that is computed can, and so nothing waits for shared
-memory. z is a product as well, φ(k)ᵀ with a number, and comes as what the queries are multiplied with. Rows outside a
+memory. z is a product as well (``add_to_sums``), and comes as what the queries are multiplied with. Rows outside a
 sequence are zeros, as are their values: they count for nothing in S, and z sums a tile that has such rows apart.
 
 So are keys summed that have weights, a focusing map or another type, where a feature takes but its own channel.
@@ -88,6 +88,7 @@ def load_plain_state(state_ptr, at, head, heads, C: tl.constexpr):
 
 @jit
 def _z_operand(z, OPERAND: tl.constexpr, C: tl.constexpr):
+    """What features are multiplied with for the denominators of ``_by_thread``, from z (D, parts)."""
     part = _parts(C)[None, :]
     rounded = z.to(OPERAND)
     rest = (z - rounded.to(tl.float32)).to(OPERAND)
@@ -100,8 +101,8 @@ def _z_operand(z, OPERAND: tl.constexpr, C: tl.constexpr):
 
 
 @jit
-def thread_operand(z, OPERAND: tl.constexpr, C: tl.constexpr):
-    """The same of a vector (D)."""
+def vector_by_thread(z, OPERAND: tl.constexpr, C: tl.constexpr):
+    """``_z_operand`` of a vector (D)."""
     return _z_operand(z[:, None] + _zeros(1, _parts(C).shape[0]), OPERAND, C)
 
 
@@ -180,8 +181,11 @@ def sum_operand(begin, end, OPERAND: tl.constexpr, C: tl.constexpr):
 
 @jit
 def add_to_sums(sums, phi, twos, before_last, PRECISION: tl.constexpr):
-    """Twos and halves: by itself the compiler would make the loop's products one sum that goes on through it, and then
-    wait after each instruction of either."""
+    """The sums with those of one more tile.
+
+    Twos and halves: by itself the compiler would make the loop's products one sum that goes on through it, and then
+    wait after each instruction of either.
+    """
     halves = tl.where(tl.arange(0, 16) < 8, 0.5, 0.0)[None, :]
     return sums + tl.where(before_last, halves, 0.5 - halves) * tl.dot(phi, twos, input_precision=PRECISION)
 

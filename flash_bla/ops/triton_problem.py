@@ -93,7 +93,7 @@ class Problem(NamedTuple):
 
     @property
     def few(self) -> bool:
-        """Whether keys may be so few that z must sum rounded features; but for ``sum_keys`` loops always do."""
+        """Whether keys may be so few that z of ``sum_keys`` must sum rounded features, as that of other loops does."""
         others = self.softmax or self.ratios_in_loops or self.rope is not None or self.q_denominator is not None
         return others and (self.cu_seqlens is not None or self.k.shape[2] <= 4 * self.q.shape[3])
 

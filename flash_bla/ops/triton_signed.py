@@ -193,7 +193,7 @@ def _denominators(features, vectors, eps, PRECISION: tl.constexpr, C: tl.constex
 
 
 @jit
-def _thread_operand(first, second, OPERAND: tl.constexpr, C: tl.constexpr):
+def _halves_operand(first, second, OPERAND: tl.constexpr, C: tl.constexpr):
     """A vector for each half as what features are multiplied with, so that each thread has the products that it needs.
 
     As the parts in triton_plain.py: columns are (head, half, thread, number rounded and what that leaves).
@@ -311,7 +311,7 @@ def write_signed_output(
     a = _load_parameter(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     states = tl.trans(plus.to(OPERAND)), tl.trans(minus.to(OPERAND))
-    vectors = _thread_operand(r_plus, -r_minus, OPERAND, C), _thread_operand(r_minus, -r_plus, OPERAND, C)
+    vectors = _halves_operand(r_plus, -r_minus, OPERAND, C), _halves_operand(r_minus, -r_plus, OPERAND, C)
     for start in range(begin, end, C.BLOCK_N):
         inside = tl.arange(0, C.BLOCK_N) < end - start
         q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
