@@ -152,12 +152,28 @@ def _sum_rows(x, W: tl.constexpr):
 
 
 @jit
-def _last_row(dr_ptr, h, first, end, BLOCK: tl.constexpr, HEADS: tl.constexpr):
-    """The end of a block of rows, or its first row if nothing in it has a gradient."""
-    n = first + tl.arange(0, BLOCK)
-    mask = (h < HEADS)[:, None] & (n < end)[None, :]
-    largest = tl.max(tl.max(tl.abs(tl.load(dr_ptr + n[None, :], mask=mask, other=0.0)), 1), 0)
-    return tl.where(largest > 0.0, tl.minimum(first + BLOCK, end), first)
+def _gradient_rows(dr_ptr, length, HEADS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Where the rows of all heads start, (heads, 1), and which heads there are."""
+    h, stride = tl.arange(0, BLOCK_H)[:, None], tl.cdiv(length, 16) * 16
+    return dr_ptr + tl.program_id(0).to(tl.int64) * HEADS * stride + h * stride, h < HEADS
+
+
+@jit
+def _largest(dr_ptr, exists, first, end, BLOCK: tl.constexpr):
+    """The largest gradient of a block of rows."""
+    n = first + tl.arange(0, BLOCK)[None, :]
+    dr = tl.load(dr_ptr + n, mask=exists & (n < end), other=0.0)
+    return tl.max(tl.max(tl.abs(dr), 1), 0)
+
+
+@jit
+def _any_gradient(dr_ptr, length, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr):
+    begin, end = share(length, tl.program_id(1), tl.num_programs(1), W.BLOCK_N)
+    dr_ptr, exists = _gradient_rows(dr_ptr, length, HEADS, BLOCK_H)
+    largest = 0.0
+    for first in range(begin, end, 128):
+        largest = tl.maximum(largest, _largest(dr_ptr, exists, first, end, 128))
+    return largest > 0.0
 
 
 @jit
@@ -173,9 +189,8 @@ def _add_gradients(
     PARTS: tl.constexpr = W.PARTS
     inverses, least = _load_scale(scale_ptr, W)
     begin, end = share(length, tl.program_id(1), tl.num_programs(1), W.BLOCK_N)
-    rows, h = tl.arange(0, W.BLOCK_N), tl.arange(0, BLOCK_H)
-    row_stride = tl.cdiv(length, 16) * 16
-    dr_ptr += tl.program_id(0).to(tl.int64) * HEADS * row_stride + (h * row_stride)[:, None]
+    rows = tl.arange(0, W.BLOCK_N)
+    dr_ptr, exists = _gradient_rows(dr_ptr, length, HEADS, BLOCK_H)
     x_ptr, offsets = _start(x_ptr, x_strides, 0), _offsets(x_strides, W)
     e_offsets = _offsets(e_strides, W)
     dx_ptr, dx_offsets = _start(dx_ptr, dx_strides, 0), _offsets(dx_strides, W)
@@ -184,10 +199,12 @@ def _add_gradients(
         dscale = dscale + (_zeros(W.ROWS, W.BLOCK_C),)
     BLOCK: tl.constexpr = 128 if LOG else 1 << 30
     for first in range(begin, end, BLOCK):
-        last = _last_row(dr_ptr, h, first, end, BLOCK, HEADS) if LOG else end
+        last = end
+        if LOG:
+            last = tl.where(_largest(dr_ptr, exists, first, end, BLOCK) > 0.0, tl.minimum(first + BLOCK, end), first)
         for start in tl.range(first, last, W.BLOCK_N, num_stages=1 if LOG else 3):
             inside = start + rows < end
-            dr = tl.load(dr_ptr + (start + rows)[None, :], mask=(h < HEADS)[:, None] & inside[None, :], other=0.0)
+            dr = tl.load(dr_ptr + (start + rows)[None, :], mask=exists & inside[None, :], other=0.0)
             dr = tl.sum(dr, 0)
             at = tl.cast(start, tl.int64)
             x_rows, e_rows = x_ptr + at * x_strides[2], None
@@ -211,10 +228,30 @@ def _add_gradients(
                 tl.store(pointers, gradient.to(dx_ptr.dtype.element_ty), mask=mask)
                 sums = sums + (dscale[part] - _sum_rows(du * y, W),)
             dscale = sums
+    terms = ()
     for part in tl.static_range(PARTS):
-        c = part * W.BLOCK_C + tl.arange(0, W.BLOCK_C)
-        total = tl.sum(dscale[part] * inverses[part], 0)
-        tl.store(dscale_ptr + c, total, mask=c < W.C)
+        terms = terms + (dscale[part] * inverses[part],)
+    _store_parts(dscale_ptr, tl.sum(_beside(terms, 0, W.ALL_PARTS, W), 0), W)
+
+
+@jit
+def _beside(parts, FIRST: tl.constexpr, COUNT: tl.constexpr, W: tl.constexpr):
+    """All parts as one tensor, whose last dimension they are: one sum over it waits as often as one over a part."""
+    if COUNT > 1:
+        HALF: tl.constexpr = COUNT // 2
+        x = tl.join(_beside(parts, FIRST, HALF, W), _beside(parts, FIRST + HALF, HALF, W))
+        return tl.reshape(tl.permute(x, (0, 1, 3, 2)), x.shape[0], x.shape[1], COUNT)
+    elif FIRST < len(parts):
+        return parts[FIRST][:, :, None]
+    else:
+        return parts[0][:, :, None] * 0.0
+
+
+@jit
+def _store_parts(pointer, x, W: tl.constexpr):
+    """Stores (columns, parts)."""
+    c = tl.arange(0, W.BLOCK_C)[:, None] + tl.arange(0, W.ALL_PARTS)[None, :] * W.BLOCK_C
+    tl.store(pointer + c, x, mask=c < W.C)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -228,10 +265,13 @@ def norm_ratio_gradient_kernel(
     program = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     dscale_ptr += (program * tl.num_programs(1) + tl.program_id(1)) * W.C
     if tl.program_id(2) == 0:
-        _add_gradients(
-            q_ptr, q_strides, None, q_strides, dq_ptr, dq_strides, d_log_ratio_ptr, scale_ptr, dscale_ptr, query_length,
-            True, HEADS, BLOCK_H, W,
-        )  # fmt: skip
+        if _any_gradient(d_log_ratio_ptr, query_length, HEADS, BLOCK_H, W):
+            _add_gradients(
+                q_ptr, q_strides, None, q_strides, dq_ptr, dq_strides, d_log_ratio_ptr, scale_ptr, dscale_ptr,
+                query_length, True, HEADS, BLOCK_H, W,
+            )  # fmt: skip
+        else:
+            _store_parts(dscale_ptr, _zeros(W.BLOCK_C, W.ALL_PARTS), W)
     elif dk_ptr is not None:
         _add_gradients(
             k_ptr, k_strides, e_ptr, e_strides, dk_ptr, dk_strides, d_ratio_ptr, scale_ptr, dscale_ptr, key_length,
@@ -266,6 +306,7 @@ class _Width(NamedTuple):
     C: int
     D: int  # C where heads follow one another without a gap
     PARTS: int
+    ALL_PARTS: int  # the power of two from there
     BLOCK_C: int
     BLOCK_N: int
     ROWS: int  # of a tile that the threads of 4 warps load at a time, 16 bytes each
@@ -282,7 +323,7 @@ def _width(x: Tensor, packed: bool, exponent: int, gradient: bool = False) -> _W
     elements = 2048 if gradient and parts > 2 else 4096
     block_n = power_of_two(max(1, min(128, elements // (parts * block_c))) + 1) // 2
     rows = min(block_n, max(1, 128 * 16 // x.element_size() // block_c))
-    return _Width(C, C if packed else x.shape[3], parts, block_c, block_n, rows, exponent)
+    return _Width(C, C if packed else x.shape[3], parts, power_of_two(parts), block_c, block_n, rows, exponent)
 
 
 def _programs(x: Tensor, length: int, W: _Width, resident: int, device: torch.device) -> tuple[int, int, int]:
