@@ -12,17 +12,23 @@ triton_kernels.py and triton_norm_ratios.py.
 from __future__ import annotations
 
 from flash_bla.ops.feature_maps import integer_power
+from flash_bla.ops.triton_order import (
+    as_product,
+    load_rows,
+    order,
+    order_columns,
+    ordered_parameter,
+    row_order,
+    rows_tile,
+    store_rows,
+)
 from flash_bla.ops.triton_plain import _by_thread, _to_value_columns, vector_by_thread
 from flash_bla.ops.triton_support import NOT_SPECIALIZED, fast_inverse, jit, share, tl, wait_for_inputs
 from flash_bla.ops.triton_tiles import (
-    _columns,
     _identity,
-    _load_parameter,
     _load_state,
     _next,
     _start,
-    _tile,
-    _to_product_layout,
     _zeros,
 )
 
@@ -38,30 +44,28 @@ def focusing_output_kernel(
     batch, zero = tl.program_id(0).to(tl.int64), tl.full((), 0, tl.int32)
     begin, end = share(query_length, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     padded = tl.cdiv(query_length, 16) * 16  # the rows that ratios have
-    h, d, _ = _columns(zero, HEADS, C.D, C.BLOCK_D, C)
-    hv, c, _ = _columns(zero, HEADS, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, zero, begin, h, d, C)
-    o_ptr, o_tile = _tile(o_ptr, o_strides, batch, zero, begin, hv, c, C)
+    q_ptr, q_tile = rows_tile(q_ptr, q_strides, batch, zero, begin, C.BLOCK_D, C)
+    o_ptr, o_tile = rows_tile(o_ptr, o_strides, batch, zero, begin, C.BLOCK_DV, C)
     wq_ptr = _start(wq_ptr, wq_strides, batch, zero, begin)
     q_step, o_step = tl.cast(q_strides[1], tl.int64) * C.GROUP, tl.cast(o_strides[1], tl.int64) * C.GROUP
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
-    exists, exists_v, inverse_scales, states, sums = (), (), (), (), ()
+    inverse_scales, states, sums = (), (), ()
+    order_of_rows = row_order(C)
     for group in tl.static_range(GROUPS):
         head = zero + group * C.GROUP
-        exists = exists + (_columns(head, HEADS, C.D, C.BLOCK_D, C)[2],)
-        exists_v = exists_v + (_columns(head, HEADS, C.DV, C.BLOCK_DV, C)[2],)
-        inverse_scales = inverse_scales + (1.0 / _load_parameter(a_ptr, head, HEADS, C),)
+        inverse_scales = inverse_scales + (1.0 / ordered_parameter(a_ptr, head, HEADS, C),)
         plus, z = _load_state(state_ptr, batch * HEADS + head, head, HEADS, C)
-        states = states + (tl.trans(plus.to(OPERAND)),)
-        sums = sums + (vector_by_thread(z, OPERAND, C),)
+        states = states + (tl.trans(order(plus, C).to(OPERAND)),)
+        sums = sums + (vector_by_thread(order_columns(z, C), OPERAND, C),)
 
     for start in range(begin, end, C.BLOCK_N):
-        inside = tl.arange(0, C.BLOCK_N) < end - start
         u = ()
         squares = _zeros(C.BLOCK_N, C.BLOCK_D)
         for group in tl.static_range(GROUPS):
-            mask = inside[:, None] & exists[group][None, :]
-            q = _to_product_layout(tl.load(q_ptr + group * q_step + q_tile, mask=mask, other=0.0), identity, OPERAND)
+            head = zero + group * C.GROUP
+            inside = order_of_rows < end - start
+            q = load_rows(q_ptr + group * q_step + q_tile, inside, head, HEADS, C.D, C.BLOCK_D, C)
+            q = as_product(q, identity, OPERAND, C, ANCHORED=True)
             u = u + ((tl.maximum(q, 0.0) + 1e-6) * inverse_scales[group],)
             squares += u[group] * u[group]
         inverse_norm = tl.rsqrt(tl.sum(squares, 1)[:, None])
@@ -71,7 +75,6 @@ def focusing_output_kernel(
             powers += integer_power(u[group] * u[group] * inverse_n, C.EXPONENT)
         ratio = integer_power(inverse_norm, C.EXPONENT - 1) * tl.rsqrt(tl.sum(powers, 1)[:, None])
         least = (eps / ratio)[:, :, None]
-        inside = start + tl.arange(0, C.BLOCK_N) < end  # said otherwise than for the loads: see ``write_plain_output``
         rows = start - begin + tl.arange(0, C.BLOCK_N)
         tl.store(wq_ptr + (rows * wq_strides[2])[:, None], ratio, mask=(rows < padded - begin)[:, None])
         for group in tl.static_range(GROUPS):
@@ -79,6 +82,7 @@ def focusing_output_kernel(
             o = tl.dot(phi, states[group], input_precision=PRECISION)
             denominators = _by_thread(tl.dot(phi, sums[group], input_precision=PRECISION), C)
             o *= _to_value_columns(fast_inverse(denominators + least), C)
-            mask = inside[:, None] & exists_v[group][None, :]
-            tl.store(o_ptr + group * o_step + o_tile, o.to(o_ptr.dtype.element_ty), mask=mask)
+            head = zero + group * C.GROUP
+            inside = start + order_of_rows < end  # said otherwise than for the loads: see ``write_plain_output``
+            store_rows(o_ptr + group * o_step + o_tile, o, inside, head, HEADS, C.DV, C.BLOCK_DV, C)
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)

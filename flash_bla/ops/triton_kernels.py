@@ -43,7 +43,8 @@ features overflow float16.
 Speed: these loops are bound by memory only while they issue few instructions. So v and do go to the matrix units as
 they are; what divides or shifts them is applied to features and products. The states are kept transposed, (DV, D), for
 which the backward pass has no operand to transpose that was computed. A tile is computed in one register layout, that
-of products' results: where layouts differ, the compiler computes features once for each.
+of products' results: where layouts differ, the compiler computes features once for each. triton_order.py has the order
+of columns in which tiles come from memory, and go there, in that layout.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ from flash_bla.ops.triton_tiles import (
     _next,
     _place,
     _split_at,
-    _state_rows,
+    _store_softmax,
     _store_state,
     _sum_eighths,
     _sum_query_splits,
@@ -181,8 +182,7 @@ def state_kernel(
     at = _split_at(sequence, heads, C) + head
     _store_state(state_ptr, at, head, heads, plus, z_plus, C)
     if C.SOFTMAX:
-        h = tl.arange(0, C.GROUP)[None, :]
-        tl.store(state_ptr + ((at + h + 1) * _state_rows(C) - 1) * C.D, logarithm, mask=head + h < heads)
+        _store_softmax(state_ptr, at, head, heads, mean, logarithm, C)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)

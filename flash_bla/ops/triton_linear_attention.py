@@ -69,7 +69,7 @@ def _launch(kernel, problem: Problem, arguments: dict, splits: int = 1) -> None:
         # a loop of one tile needs no pipeline
         num_stages = tuning.num_stages if tuning.persistent or problem.longest > C.BLOCK_N else 1
         grid = (min(programs, places), splits, 1)
-        arguments = arguments | dict(C=C, programs=programs)
+        arguments = arguments | dict(C=C._replace(STAGES=num_stages), programs=programs)
         problem.record.launch(kernel, grid, arguments, tuning.warps, num_stages, tuning.maxnreg)
 
 
@@ -103,10 +103,10 @@ def _fits(kernel, problem: Problem) -> bool:
 
 
 def _row_numbers(p: Problem) -> dict:
-    """Memory for the four numbers of each row of signed powers; its strides are multiples of 16 for any length."""
+    """Memory for the four numbers of each row of signed powers, beside each other."""
     B, H, N, _ = p.q.shape
     rows = 16 * cdiv(N, 16)
-    return dict(rows_ptr=p.new_empty(4, B, H, rows), rows_strides=(H * rows, rows, 1, B * H * rows))
+    return dict(rows_ptr=p.new_empty(B, H, rows, 4), rows_strides=(4 * H * rows, 4 * rows))
 
 
 def _start(record: Record, tensors: Sequence[Tensor | None], options: tuple) -> tuple[Problem, tuple]:
@@ -207,7 +207,8 @@ def _record_gradients(
     Of the parameter's terms (terms, H, D) ``add_ratio_gradients`` is to write the last, where there are norm ratios.
     """
     q, k, v, parameter = p.q, p.k, p.v, p.parameter
-    if is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align:  # its strides are no part of the plan
+    if is_wide(do) or gcd(p.align, *do.stride()[:3]) < p.align or do.stride(3) != 1:
+        # its strides are no part of the plan
         do = record.contiguous(do)
     if packed is None:
         gradients = [p.empty_like(x) for x in (inputs if keys else (q, None, None))]

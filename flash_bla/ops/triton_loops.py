@@ -5,6 +5,17 @@ For equations and names see triton_kernels.py.
 
 from __future__ import annotations
 
+from flash_bla.ops.triton_order import (
+    as_product,
+    load_rope,
+    load_rows,
+    order,
+    order_columns,
+    ordered_parameter,
+    row_order,
+    rows_tile,
+    store_rows,
+)
 from flash_bla.ops.triton_plain import _by_thread, _to_value_columns, vector_by_thread
 from flash_bla.ops.triton_support import fast_inverse, jit, tl
 from flash_bla.ops.triton_tiles import (
@@ -13,10 +24,10 @@ from flash_bla.ops.triton_tiles import (
     _by_eighth,
     _by_head,
     _columns,
+    _cosines,
     _identity,
     _load_factor,
     _load_parameter,
-    _load_rope,
     _load_weight,
     _mask_heads,
     _next,
@@ -28,7 +39,6 @@ from flash_bla.ops.triton_tiles import (
     _tile,
     _times_factor,
     _to_columns,
-    _to_product_layout,
     _turn,
     _vector_operand,
     _vector_product,
@@ -100,7 +110,7 @@ def sum_keys(
         elif C.NORMALIZE:
             z_plus = _add_rows(z_plus, phi, OPERAND, PRECISION, C)
         if C.ROPE:
-            cos, sin = _load_rope(rope_ptr + rope_tile, mask, None, OPERAND, C)
+            cos, sin = _cosines(tl.load(rope_ptr + rope_tile, mask=mask, other=0.0), C)
             rope_ptr = _next(rope_ptr, rope_strides, C)
             phi = _turn(phi, cos, sin, C)
         plus = tl.dot(tl.trans(v), phi.to(OPERAND), plus, input_precision=PRECISION)
@@ -134,33 +144,30 @@ def write_output(
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """o = φ(q) S / (φ̃(q) · z + ε); with ``RATIOS`` writes the weights."""
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
-    o_ptr, o_tile = _tile(o_ptr, o_strides, batch, head, first + begin, hv, c, C)
+    q_ptr, q_tile = rows_tile(q_ptr, q_strides, batch, head, first + begin, C.BLOCK_D, C)
+    o_ptr, o_tile = rows_tile(o_ptr, o_strides, batch, head, first + begin, C.BLOCK_DV, C)
     if C.DECOUPLED:
-        qd_ptr, qd_tile = _tile(qd_ptr, qd_strides, batch, head, first + begin, h, d, C)
+        qd_ptr, qd_tile = rows_tile(qd_ptr, qd_strides, batch, head, first + begin, C.BLOCK_D, C)
     if C.QUERY_WEIGHT:
         wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
         if not C.RATIOS:
             w = _load_weight(wq_ptr, wq_strides, head, heads, begin + tl.arange(0, C.BLOCK_N) < end, 1.0, C)
     if C.ROPE:
-        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
+        rope_ptr, rope_tile = rows_tile(rope_ptr, rope_strides, batch, head, begin, C.BLOCK_D, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
-    a = _load_parameter(a_ptr, head, heads, C)
+    a = ordered_parameter(a_ptr, head, heads, C)
     plus, z_plus = _times_factor(plus, z_plus, _load_factor(a_ptr, head, heads, C), C)
-    plus = tl.trans(plus.to(OPERAND))
+    plus = tl.trans(order(plus, C).to(OPERAND))
     if C.NORMALIZE:
-        z = vector_by_thread(z_plus, OPERAND, C)
+        z = vector_by_thread(order_columns(z_plus, C), OPERAND, C)
+    rows = row_order(C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
 
     for start in range(begin, end, C.BLOCK_N):
-        inside = tl.arange(0, C.BLOCK_N) < end - start
-        mask = inside[:, None] & exists[None, :]
-        q = tl.load(q_ptr + q_tile, mask=mask, other=0.0)
+        q = load_rows(q_ptr + q_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
         inside = start + tl.arange(0, C.BLOCK_N) < end
         if C.ROPE or C.PARAMETER:  # features are used twice
-            q = _to_product_layout(q, identity, OPERAND)
+            q = as_product(q, identity, OPERAND, C, ANCHORED=True)
         phi = PHI(q.to(tl.float32), a, C.EXPONENT)
         least = eps
         if C.RATIOS:
@@ -178,19 +185,21 @@ def write_output(
                 w = _load_weight(wq_ptr, wq_strides, head, heads, following, 1.0, C)
         turned = phi
         if C.ROPE:
-            cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
+            cos, sin = load_rope(rope_ptr + rope_tile, rows < end - start, head, heads, rope_identity, OPERAND, C)
             rope_ptr = _next(rope_ptr, rope_strides, C)
             turned = _turn(phi, cos, sin, C)
         o = tl.dot(turned.to(OPERAND), plus, input_precision=PRECISION)
         if C.NORMALIZE:
             denominator = phi.to(OPERAND)
             if C.DECOUPLED:
-                denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(OPERAND)
+                denominator = load_rows(qd_ptr + qd_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C).to(
+                    OPERAND
+                )
             denominator = _by_thread(tl.dot(denominator, z, input_precision=PRECISION), C)
             if C.QUERY_WEIGHT:
                 least = least[:, :, None]
             o *= _to_value_columns(fast_inverse(denominator + least), C)
-        tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        store_rows(o_ptr + o_tile, o, start + rows < end, head, heads, C.DV, C.BLOCK_DV, C)
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
         if C.DECOUPLED:
             qd_ptr = _next(qd_ptr, qd_strides, C)
@@ -208,25 +217,26 @@ def differentiate_queries(
 
     ``SUMS`` or ``GRADIENT`` alone does without what only the other needs. ``d_mean`` is added to φ(q)'s gradients.
     """
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    _, _, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    q_ptr, q_tile = rows_tile(q_ptr, q_strides, batch, head, first + begin, C.BLOCK_D, C)
     do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
-    dq_ptr, dq_tile = _tile(dq_ptr, dq_strides, batch, head, first + begin, h, d, C)
+    dq_ptr, dq_tile = rows_tile(dq_ptr, dq_strides, batch, head, first + begin, C.BLOCK_D, C)
     if C.DECOUPLED:
-        qd_ptr, qd_tile = _tile(qd_ptr, qd_strides, batch, head, first + begin, h, d, C)
-        dqd_ptr, dqd_tile = _tile(dqd_ptr, dqd_strides, batch, head, first + begin, h, d, C)
+        qd_ptr, qd_tile = rows_tile(qd_ptr, qd_strides, batch, head, first + begin, C.BLOCK_D, C)
+        dqd_ptr, dqd_tile = rows_tile(dqd_ptr, dqd_strides, batch, head, first + begin, C.BLOCK_D, C)
     if C.QUERY_WEIGHT:
         wq_ptr = _start(wq_ptr, wq_strides, batch, head, first + begin)
         dwq_ptr = _start(dwq_ptr, dwq_strides, batch, head, first + begin)
     if C.ROPE:
-        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
+        rope_ptr, rope_tile = rows_tile(rope_ptr, rope_strides, batch, head, begin, C.BLOCK_D, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
-    a = _load_parameter(a_ptr, head, heads, C)
+    a = ordered_parameter(a_ptr, head, heads, C)
     factor = _load_factor(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     plus, z_plus = _times_factor(plus, z_plus, factor, C)
-    plus = plus.to(OPERAND)
+    plus, z_plus = order_columns(plus, C).to(OPERAND), order_columns(z_plus, C)
+    rows = row_order(C)
     if C.CENTER:
         mean_operand = _vector_operand(mean, C.BLOCK_DV, OPERAND, C)
     # What z adds as a product saves registers, where they are short and shared memory can hold z.
@@ -236,14 +246,18 @@ def differentiate_queries(
     z_plus = z_plus[None, :]
     # A weight counts by its logarithm's gradient, ε do · o / (φ̃(q) · z + ε)², where that is more than rounding.
     LEAST: tl.constexpr = 0.0 if q_ptr.dtype.element_ty == tl.float32 else 2.0**-12
+    if C.SOFTMAX and GRADIENT:
+        d_mean = order_columns(d_mean, C)
     d_plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
     dz_plus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
-    for start in range(begin, end, C.BLOCK_N):
+    # where no product takes the queries, the compiler loads them ahead only if it is told a number of stages
+    STAGES: tl.constexpr = None if SUMS else C.STAGES
+    for start in tl.range(begin, end, C.BLOCK_N, num_stages=STAGES):
         inside = tl.arange(0, C.BLOCK_N) < end - start
-        mask, do_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
-        q = _to_product_layout(tl.load(q_ptr + q_tile, mask=mask, other=0.0), identity, OPERAND)
-        do = tl.load(do_ptr + do_tile, mask=do_mask, other=0.0).to(OPERAND)
+        q = load_rows(q_ptr + q_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+        do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
+        q = as_product(q, identity, OPERAND, C)
         inside = start + tl.arange(0, C.BLOCK_N) < end
         phi = PHI(q, a, C.EXPONENT)
         unweighted = phi
@@ -257,7 +271,7 @@ def differentiate_queries(
         turned = phi
         d_phi = tl.dot(do, plus, input_precision=PRECISION)
         if C.ROPE:
-            cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
+            cos, sin = load_rope(rope_ptr + rope_tile, rows < end - start, head, heads, rope_identity, OPERAND, C)
             rope_ptr = _next(rope_ptr, rope_strides, C)
             if SUMS:
                 turned = _turn(phi, cos, sin, C)
@@ -267,7 +281,8 @@ def differentiate_queries(
         if C.NORMALIZE:
             denominator = phi
             if C.DECOUPLED:
-                denominator = tl.load(qd_ptr + qd_tile, mask=mask, other=0.0).to(tl.float32)
+                denominator = load_rows(qd_ptr + qd_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+                denominator = denominator.to(tl.float32)
             if BY_PRODUCT:
                 inverse = _vector_product(denominator.to(OPERAND), z, PRECISION, C)
                 weight = _by_head(phi * d_phi, C)
@@ -296,9 +311,9 @@ def differentiate_queries(
             d_plus = tl.dot(tl.trans(do), turned.to(OPERAND), d_plus, input_precision=PRECISION)
 
         if GRADIENT:
-            mask = inside[:, None] & exists[None, :]
             if C.DECOUPLED:
-                tl.store(dqd_ptr + dqd_tile, (weight * z_plus).to(dqd_ptr.dtype.element_ty), mask=mask)
+                dqd = weight * z_plus
+                store_rows(dqd_ptr + dqd_tile, dqd, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
             elif C.NORMALIZE and not BY_PRODUCT:
                 d_phi += weight * z_plus
             if C.SOFTMAX:
@@ -309,14 +324,14 @@ def differentiate_queries(
                     d_phi *= _to_columns(w, C)
                 _store_weight(dwq_ptr, dwq_strides, head, heads, inside, dw, C)
             dq = d_phi * PHI_DX(q, unweighted, a, C.EXPONENT)
-            tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+            store_rows(dq_ptr + dq_tile, dq, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
         q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
         if C.DECOUPLED:
             qd_ptr, dqd_ptr = _next(qd_ptr, qd_strides, C), _next(dqd_ptr, dqd_strides, C)
         if C.QUERY_WEIGHT:
             wq_ptr, dwq_ptr = _next(wq_ptr, wq_strides, C), _next(dwq_ptr, dwq_strides, C)
 
-    dz_plus = _sum_eighths(dz_plus)
+    d_plus, dz_plus = order_columns(d_plus, C), order_columns(_sum_eighths(dz_plus), C)
     if C.GROUP * C.D < C.BLOCK_D:  # φ need not be zero in columns that do not exist
         d_plus, dz_plus = tl.where(exists[None, :], d_plus, 0.0), tl.where(exists, dz_plus, 0.0)
     d_plus, dz_plus = _times_factor(d_plus, dz_plus, factor, C)
@@ -337,23 +352,21 @@ def differentiate_keys(
     logarithm (see ``sum_keys``) and the average of the weights' gradients. With ``RATIOS`` they are the gradient of the
     scale as far as it comes by the keys' norm ratios.
     """
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
-    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    k_ptr, k_tile = rows_tile(k_ptr, k_strides, batch, head, first + begin, C.BLOCK_D, C)
+    v_ptr, v_tile = rows_tile(v_ptr, v_strides, batch, head, first + begin, C.BLOCK_DV, C)
     if e_ptr is not None:
-        e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
-    dk_ptr, dk_tile = _tile(dk_ptr, dk_strides, batch, head, first + begin, h, d, C)
-    dv_ptr, dv_tile = _tile(dv_ptr, dv_strides, batch, head, first + begin, hv, c, C)
+        e_ptr, e_tile = rows_tile(e_ptr, e_strides, 0, head, begin, C.BLOCK_D, C)
+    dk_ptr, dk_tile = rows_tile(dk_ptr, dk_strides, batch, head, first + begin, C.BLOCK_D, C)
+    dv_ptr, dv_tile = rows_tile(dv_ptr, dv_strides, batch, head, first + begin, C.BLOCK_DV, C)
     if C.DECOUPLED:
-        dkd_ptr, dkd_tile = _tile(dkd_ptr, dkd_strides, batch, head, first + begin, h, d, C)
+        dkd_ptr, dkd_tile = rows_tile(dkd_ptr, dkd_strides, batch, head, first + begin, C.BLOCK_D, C)
     if C.KEY_WEIGHT:
         wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
         dwk_ptr = _start(dwk_ptr, dwk_strides, batch, head, first + begin)
     if C.ROPE:
-        rope_ptr, rope_tile = _tile(rope_ptr, rope_strides, batch, head, begin, h, d, C)
+        rope_ptr, rope_tile = rows_tile(rope_ptr, rope_strides, batch, head, begin, C.BLOCK_D, C)
         rope_identity = _identity(C.BLOCK_D, OPERAND, tl.float16)
-    a = _load_parameter(a_ptr, head, heads, C)
+    a = ordered_parameter(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
@@ -363,19 +376,26 @@ def differentiate_keys(
     elif C.SOFTMAX:
         scale, one = scale / one, 1.0
     d_plus, dz_plus = _times_factor(d_plus, dz_plus, _load_factor(a_ptr, head, heads, C), C)
-    d_plus = d_plus.to(OPERAND)
+    d_plus = d_plus.to(OPERAND).to(tl.float32)
     # (v - m) dSᵀ = v dSᵀ - m dSᵀ with the same rounded dS: the mean cancels although v enters the product as it is
-    dz_plus = ((dz_plus - tl.sum(mean[:, None] * d_plus.to(tl.float32), 0)) * one)[None, :]
+    dz_plus = order_columns((dz_plus - tl.sum(mean[:, None] * d_plus, 0)) * one, C)[None, :]
+    d_plus = order(d_plus, C).to(OPERAND)
+    d_state = tl.trans(d_plus)
+    if C.SOFTMAX:
+        query_mean = order_columns(query_mean, C)
+    rows = row_order(C)
     sums = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
     for start in range(begin, end, C.BLOCK_N):
         inside = tl.arange(0, C.BLOCK_N) < end - start
-        mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
-        k = _to_product_layout(tl.load(k_ptr + k_tile, mask=mask, other=0.0), identity, OPERAND)
+        k = load_rows(k_ptr + k_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+        v = load_rows(v_ptr + v_tile, rows < end - start, head, heads, C.DV, C.BLOCK_DV, C).to(OPERAND)
+        d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
+        k = as_product(k, identity, OPERAND, C, d_phi)
         if e_ptr is not None:
-            k += _to_product_layout(tl.load(e_ptr + e_tile, mask=mask, other=0.0), identity, OPERAND)
+            e = load_rows(e_ptr + e_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+            k += as_product(e, identity, OPERAND, C)
             e_ptr = _next(e_ptr, e_strides, C)
-        v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         inside = start + tl.arange(0, C.BLOCK_N) < end
         phi = PHI(k, a, C.EXPONENT)
         w = None
@@ -386,21 +406,19 @@ def differentiate_keys(
             w = _to_columns(tl.where(inside[:, None], w, 0.0), C)
         turned = phi
         if C.ROPE:
-            cos, sin = _load_rope(rope_ptr + rope_tile, mask, rope_identity, OPERAND, C)
+            cos, sin = load_rope(rope_ptr + rope_tile, rows < end - start, head, heads, rope_identity, OPERAND, C)
             rope_ptr = _next(rope_ptr, rope_strides, C)
             turned = _turn(phi, cos, sin, C)
         operand = (turned if w is None else turned * w).to(OPERAND)
-        dv = tl.dot(operand, tl.trans(d_plus), input_precision=PRECISION)
-        mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
-        tl.store(dv_ptr + dv_tile, (dv * scale).to(dv_ptr.dtype.element_ty), mask=v_mask)
-        d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
+        dv = tl.dot(operand, d_state, input_precision=PRECISION)
+        store_rows(dv_ptr + dv_tile, dv * scale, start + rows < end, head, heads, C.DV, C.BLOCK_DV, C)
         if C.SOFTMAX:  # of rounded features as S is, or what is left of its difference from the average were rounding
             dw = d_phi * operand.to(tl.float32)
         if C.ROPE:
             d_phi = _turn(d_phi, cos, -sin, C)
         if C.DECOUPLED:
             d_denominator = tl.broadcast_to(dz_plus, C.BLOCK_N, C.BLOCK_D)
-            tl.store(dkd_ptr + dkd_tile, d_denominator.to(dkd_ptr.dtype.element_ty), mask=mask)
+            store_rows(dkd_ptr + dkd_tile, d_denominator, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
         elif C.NORMALIZE:
             d_phi += dz_plus
             if C.SOFTMAX:
@@ -419,8 +437,9 @@ def differentiate_keys(
             d_phi = d_phi * w + ds * (query_mean * 0.6931471805599453)
         dk = d_phi * PHI_DX(k, phi, a, C.EXPONENT)
         if C.RATIOS:
-            dk += tl.where(k > 0.0, du * (1.0 / a), 0.0)
-        tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+            inverse = 1.0 / a
+            dk += tl.where(u > 1e-6 * inverse, du * inverse, 0.0)  # k > 0, by what is in registers anyway
+        store_rows(dk_ptr + dk_tile, dk, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
         if C.DECOUPLED:
@@ -430,4 +449,4 @@ def differentiate_keys(
 
     if C.RATIOS:
         sums *= 1.0 / a
-    return _sum_eighths(sums)
+    return order_columns(_sum_eighths(sums), C)

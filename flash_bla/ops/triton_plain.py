@@ -13,6 +13,7 @@ For equations and names see triton_kernels.py.
 
 from __future__ import annotations
 
+from flash_bla.ops.triton_order import as_product, load_rows, order, order_columns, row_order, rows_tile, store_rows
 from flash_bla.ops.triton_support import fast_inverse, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_products,
@@ -29,7 +30,6 @@ from flash_bla.ops.triton_tiles import (
     _sum_eighths,
     _tile,
     _to_columns,
-    _to_product_layout,
     _vector_operand,
     _vector_product,
     _zeros,
@@ -197,10 +197,9 @@ def write_plain_output(
 ):  # fmt: skip
     """o = φ(q) S / (φ(q) · z + ε)."""
     h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
     q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
-    o_ptr, o_tile = _tile(o_ptr, o_strides, batch, head, first + begin, hv, c, C)
-    plus = plus.to(OPERAND)
+    o_ptr, o_tile = rows_tile(o_ptr, o_strides, batch, head, first + begin, C.BLOCK_DV, C)
+    plus = order_columns(plus, C).to(OPERAND)
     z = _z_operand(z, OPERAND, C)
 
     for start in range(begin, end, C.BLOCK_N):
@@ -212,8 +211,7 @@ def write_plain_output(
             denominator = _by_thread(tl.dot(phi, z, input_precision=PRECISION), C)
             o *= _to_value_columns(fast_inverse(denominator + eps), C)
         # said otherwise than for the load, which comes tiles before: its masks would be kept until here
-        inside = start + tl.arange(0, C.BLOCK_N) < end
-        tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        store_rows(o_ptr + o_tile, o, start + row_order(C) < end, head, heads, C.DV, C.BLOCK_DV, C)
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
 
 
@@ -228,23 +226,24 @@ def differentiate_plain_queries(
     S is (DV, D) here and z (D), as ``_load_state`` gives them, and ``mean`` the values' mean. Without ``SUMS`` neither
     dS nor dz is needed.
     """
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    _, _, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
+    q_ptr, q_tile = rows_tile(q_ptr, q_strides, batch, head, first + begin, C.BLOCK_D, C)
     do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
-    dq_ptr, dq_tile = _tile(dq_ptr, dq_strides, batch, head, first + begin, h, d, C)
+    dq_ptr, dq_tile = rows_tile(dq_ptr, dq_strides, batch, head, first + begin, C.BLOCK_D, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
-    plus = plus.to(OPERAND)
+    plus = order_columns(plus, C).to(OPERAND)
     mean = _vector_operand(mean, C.BLOCK_DV, OPERAND, C)
-    z = z[None, :]
+    z = order_columns(z, C)[None, :]
+    rows = row_order(C)
     d_plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
     dz = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
     for start in range(begin, end, C.BLOCK_N):
         inside = tl.arange(0, C.BLOCK_N) < end - start
-        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
+        q = load_rows(q_ptr + q_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
         do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
-        q = _to_product_layout(q, identity, OPERAND)
+        q = as_product(q, identity, OPERAND, C)
         phi = PHI(q, 1.0, C.EXPONENT)
         d_phi = tl.dot(do, plus, input_precision=PRECISION)
         if C.NORMALIZE:
@@ -259,13 +258,13 @@ def differentiate_plain_queries(
                 dz = _add_products(dz, scaled, weight, C)
         else:
             scaled, inverse = phi, 1.0
-        inside = start + tl.arange(0, C.BLOCK_N) < end
         if SUMS:
             d_plus = tl.dot(tl.trans(do), scaled.to(OPERAND), d_plus, input_precision=PRECISION)
         dq = d_phi * PHI_DX(q, scaled, 1.0, C.EXPONENT, inverse)
-        tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
+        store_rows(dq_ptr + dq_tile, dq, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
         q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
 
+    d_plus, dz = order_columns(d_plus, C), order_columns(dz, C)
     if C.GROUP * C.D < C.BLOCK_D:  # φ need not be zero in columns that do not exist
         d_plus, dz = tl.where(exists[None, :], d_plus, 0.0), tl.where(exists[None, None, :], dz, 0.0)
     return _mask_heads(d_plus, C), dz
@@ -277,37 +276,35 @@ def differentiate_plain_keys(
     batch, head, heads, first, begin, end,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradients of keys and values, from dS (DV, D) as an operand and dz (D), with all factors but s."""
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
-    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
-    dk_ptr, dk_tile = _tile(dk_ptr, dk_strides, batch, head, first + begin, h, d, C)
-    dv_ptr, dv_tile = _tile(dv_ptr, dv_strides, batch, head, first + begin, hv, c, C)
+    """Writes the gradients of keys and values, from dS (DV, D), rounded, and dz (D), with all factors but s."""
+    k_ptr, k_tile = rows_tile(k_ptr, k_strides, batch, head, first + begin, C.BLOCK_D, C)
+    v_ptr, v_tile = rows_tile(v_ptr, v_strides, batch, head, first + begin, C.BLOCK_DV, C)
+    dk_ptr, dk_tile = rows_tile(dk_ptr, dk_strides, batch, head, first + begin, C.BLOCK_D, C)
+    dv_ptr, dv_tile = rows_tile(dv_ptr, dv_strides, batch, head, first + begin, C.BLOCK_DV, C)
     if e_ptr is not None:
-        e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
+        e_ptr, e_tile = rows_tile(e_ptr, e_strides, 0, head, begin, C.BLOCK_D, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     if C.MEAN:
         scale = 1.0
+    d_plus, dz = order(d_plus, C).to(OPERAND), order_columns(dz, C)[None, :]
+    rows = row_order(C)
 
     for start in range(begin, end, C.BLOCK_N):
-        inside = tl.arange(0, C.BLOCK_N) < end - start
-        k = tl.load(k_ptr + k_tile, mask=inside[:, None] & exists[None, :], other=0.0)
-        v = tl.load(v_ptr + v_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
-        k = _to_product_layout(k, identity, OPERAND)
+        k = load_rows(k_ptr + k_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+        v = load_rows(v_ptr + v_tile, rows < end - start, head, heads, C.DV, C.BLOCK_DV, C).to(OPERAND)
+        k = as_product(k, identity, OPERAND, C)
         if e_ptr is not None:
-            e = tl.load(e_ptr + e_tile, mask=inside[:, None] & exists[None, :], other=0.0)
-            k += _to_product_layout(e, identity, OPERAND)
+            e = load_rows(e_ptr + e_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+            k += as_product(e, identity, OPERAND, C)
             e_ptr = _next(e_ptr, e_strides, C)
         phi = PHI(k, 1.0, C.EXPONENT)
         dv = tl.dot(phi.to(OPERAND), tl.trans(d_plus), input_precision=PRECISION) * scale
-        inside = start + tl.arange(0, C.BLOCK_N) < end
-        tl.store(dv_ptr + dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        store_rows(dv_ptr + dv_tile, dv, start + rows < end, head, heads, C.DV, C.BLOCK_DV, C)
         d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale
         if C.NORMALIZE:
-            d_phi += dz[None, :]
+            d_phi += dz
         dk = d_phi * PHI_DX(k, phi, 1.0, C.EXPONENT)
-        tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
+        store_rows(dk_ptr + dk_tile, dk, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
 
@@ -323,9 +320,9 @@ def plain_gradient_operands(d_plus, dz, mean, count, OPERAND: tl.constexpr, C: t
         d_plus *= one
         dz *= one
         one = 1.0
-    d_plus = d_plus.to(OPERAND)
+    d_plus = d_plus.to(OPERAND).to(tl.float32)
     if C.CENTER:
-        shift = mean[:, None] * d_plus.to(tl.float32)
+        shift = mean[:, None] * d_plus
         if len(dz.shape) == 3 and C.BLOCK_N == C.BLOCK_DV:  # one sum over rows for both
             dz -= _by_eighth(shift, C)
             dz = _sum_eighths(dz)

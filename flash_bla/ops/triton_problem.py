@@ -10,7 +10,15 @@ from torch import Tensor
 
 from flash_bla.ops.feature_maps import LOOP_FEATURE_MAPS, TRITON_FEATURE_MAPS
 from flash_bla.ops.triton_norm_ratios import encoding_strides, multiply, ratios_shape, split_ratios
-from flash_bla.ops.triton_support import Record, cdiv, is_hopper, padded, power_of_two, precision
+from flash_bla.ops.triton_support import (
+    Record,
+    cdiv,
+    has_products_in_registers,
+    is_hopper,
+    padded,
+    power_of_two,
+    precision,
+)
 from flash_bla.ops.triton_tiles import Config
 from flash_bla.ops.triton_tuning import Tuning, plan
 
@@ -162,15 +170,26 @@ class Problem(NamedTuple):
             self.q_denominator is not None, self.query_weight is not None, self.key_weight is not None, self.softmax,
             self.cu_seqlens is not None, self.scale is None, self.few,
             any(is_wide(x) for x in (self.q, self.k, self.v)), self.align, self.ratios_in_loops, self.plain,
+            self.ordered,
         )  # fmt: skip
         return plan(kernel, D, self.v.shape[3], H, self.q.dtype, is_hopper(self.record.device), flags)
 
     @property
     def align(self) -> int:
         """What divides all strides but the columns'; those of outputs and of rotary tables are multiples of widths."""
+        return gcd(16, self.q.shape[3], self.v.shape[3], *(stride for x in self.inputs for stride in x.stride()[:-1]))
+
+    @property
+    def ordered(self) -> bool:
+        """Whether tiles may have their columns in the order of triton_order.py: each input's are neighbours."""
+        neighbours = all(x.stride(-1) == 1 for x in self.inputs)
+        return neighbours and self.q.dtype.itemsize == 2 and has_products_in_registers(self.record.device)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """All that have channels."""
         inputs = (self.q, self.k, self.v, self.q_denominator, self.k_denominator, self.key_encoding)
-        inputs = [x for x in inputs if x is not None]
-        return gcd(16, self.q.shape[3], self.v.shape[3], *(stride for x in inputs for stride in x.stride()[:-1]))
+        return [x for x in inputs if x is not None]
 
     def programs(self, C: Config) -> int:
         return self.sequences * cdiv(self.q.shape[1], C.GROUP)

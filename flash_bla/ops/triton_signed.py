@@ -21,8 +21,24 @@ sequences, as triton_kernels.py has them.
 
 from __future__ import annotations
 
+from flash_bla.ops.triton_order import (
+    as_product,
+    load_rows,
+    order,
+    order_columns,
+    ordered_parameter,
+    row_order,
+    rows_tile,
+    store_rows,
+)
 from flash_bla.ops.triton_plain import _to_value_columns
-from flash_bla.ops.triton_support import computed_here, fast_inverse, fast_rounded_parts, jit, tl
+from flash_bla.ops.triton_support import (
+    computed_here,
+    fast_inverse,
+    fast_rounded_parts,
+    jit,
+    tl,
+)
 from flash_bla.ops.triton_tiles import (
     _add_products,
     _both_by_head,
@@ -34,6 +50,7 @@ from flash_bla.ops.triton_tiles import (
     _mask_heads,
     _next,
     _power_gradient,
+    _rounded,
     _start,
     _store_weight,
     _sum_eighths,
@@ -44,16 +61,6 @@ from flash_bla.ops.triton_tiles import (
     _zeros,
     _zeros3,
 )
-
-
-@jit
-def _rounded(p, OPERAND: tl.constexpr):
-    """The number that the operand p is; to convert it there and back takes four times as long."""
-    if OPERAND == tl.bfloat16:
-        return ((p.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-    else:
-        return p.to(OPERAND).to(tl.float32)
-
 
 # --- pairs of tiles, one for each part --------------------------------------------------------------------------------
 
@@ -85,9 +92,15 @@ def _first_half(C: tl.constexpr):
 
 
 @jit
-def _times_halves(x, first, second, C: tl.constexpr):
+def _is_first(C: tl.constexpr):
+    """The same for the columns of a tile in a loop."""
+    return order_columns(_first_half(C), C)[None, :]
+
+
+@jit
+def _times_halves(x, first, second, is_first, C: tl.constexpr):
     """The values' columns times a number for each head and half."""
-    return tl.where(_first_half(C)[None, :], x * _to_columns(first, C), x * _to_columns(second, C))
+    return tl.where(is_first, x * _to_columns(first, C), x * _to_columns(second, C))
 
 
 @jit
@@ -237,11 +250,38 @@ def _ones(OPERAND: tl.constexpr, C: tl.constexpr):
 
 
 @jit
-def _row_numbers(rows_ptr, rows_strides, batch, head, row):
-    """Where the four numbers of rows from ``row`` on stand, (4, B, H, N)."""
-    rows_ptr = _start(rows_ptr, rows_strides, batch, head, row)
-    plane = tl.cast(rows_strides[3], tl.int64)
-    return rows_ptr, rows_ptr + plane, rows_ptr + 2 * plane, rows_ptr + 3 * plane
+def _rows_start(rows_ptr, strides, batch, head, row):
+    """Where the four numbers of rows from ``row`` on stand, (B, H, N, 4)."""
+    return _start(rows_ptr, (strides[0], strides[1], 4, 1), batch, head, row)
+
+
+@jit
+def _row_pointers(rows_ptr, strides, head, heads, inside, C: tl.constexpr):
+    """Where they are, (rows, 4 GROUP), and which exist: those of a row go together."""
+    column = tl.arange(0, 4 * C.GROUP)
+    offsets = tl.arange(0, C.BLOCK_N)[:, None] * 4 + ((column // 4).to(tl.int64) * strides[1] + column % 4)[None, :]
+    mask = inside[:, None]
+    if C.GROUP > 1:
+        mask = mask & (head + column // 4 < heads)[None, :]
+    return rows_ptr + offsets, mask
+
+
+@jit
+def _load_row_numbers(rows_ptr, strides, head, heads, inside, C: tl.constexpr):
+    """The four numbers of rows, each (rows, GROUP)."""
+    pointers, mask = _row_pointers(rows_ptr, strides, head, heads, inside, C)
+    x = tl.load(pointers, mask=mask, other=0.0)
+    first, second = tl.split(tl.reshape(x, C.BLOCK_N, C.GROUP, 2, 2))
+    a, b = tl.split(first)
+    c, d = tl.split(second)
+    return a, b, c, d
+
+
+@jit
+def _store_row_numbers(rows_ptr, strides, head, heads, inside, a, b, c, d, C: tl.constexpr):
+    pointers, mask = _row_pointers(rows_ptr, strides, head, heads, inside, C)
+    x = tl.join(tl.join(a, b), tl.join(c, d))
+    tl.store(pointers, tl.reshape(x, C.BLOCK_N, 4 * C.GROUP), mask=mask)
 
 
 # --- the loops over rows ----------------------------------------------------------------------------------------------
@@ -304,26 +344,26 @@ def write_signed_output(
     q_ptr, q_strides, o_ptr, o_strides, a_ptr, plus, minus, r_plus, r_minus, batch, head, heads, first, begin, end, eps,
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
-    o_ptr, o_tile = _tile(o_ptr, o_strides, batch, head, first + begin, hv, c, C)
-    a = _load_parameter(a_ptr, head, heads, C)
+    q_ptr, q_tile = rows_tile(q_ptr, q_strides, batch, head, first + begin, C.BLOCK_D, C)
+    o_ptr, o_tile = rows_tile(o_ptr, o_strides, batch, head, first + begin, C.BLOCK_DV, C)
+    a = ordered_parameter(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
-    states = tl.trans(plus.to(OPERAND)), tl.trans(minus.to(OPERAND))
+    states = tl.trans(order(plus, C).to(OPERAND)), tl.trans(order(minus, C).to(OPERAND))
+    r_plus, r_minus = order_columns(r_plus, C), order_columns(r_minus, C)
     vectors = _halves_operand(r_plus, -r_minus, OPERAND, C), _halves_operand(r_minus, -r_plus, OPERAND, C)
+    is_first = _is_first(C)
+    rows = row_order(C)
     for start in range(begin, end, C.BLOCK_N):
-        inside = tl.arange(0, C.BLOCK_N) < end - start
-        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
-        features = fast_rounded_parts(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND, False)
+        q = load_rows(q_ptr + q_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+        features = fast_rounded_parts(PHI(as_product(q, identity, OPERAND, C), a, C.EXPONENT), OPERAND, False)
         products = _product(features, vectors, _zeros(C.BLOCK_N, 16 * C.GROUP), PRECISION)
         first_half, second_half = _by_thread_and_half(products, C)
         o = _product(features, states, _zeros(C.BLOCK_N, C.BLOCK_DV), PRECISION)
         first_half = _to_value_columns(fast_inverse(first_half + eps), C)
         second_half = _to_value_columns(fast_inverse(second_half + eps), C)
-        o *= tl.where(_first_half(C)[None, :], first_half, second_half)
-        inside = start + tl.arange(0, C.BLOCK_N) < end  # said otherwise than for the load: see ``write_plain_output``
-        tl.store(o_ptr + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        o *= tl.where(is_first, first_half, second_half)
+        # rows said otherwise than for the load: see ``write_plain_output``
+        store_rows(o_ptr + o_tile, o, start + rows < end, head, heads, C.DV, C.BLOCK_DV, C)
         q_ptr, o_ptr = _next(q_ptr, q_strides, C), _next(o_ptr, o_strides, C)
 
 
@@ -334,41 +374,42 @@ def sum_signed_queries(
     PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """dR', and writes the rows' numbers."""
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+    q_ptr, q_tile = rows_tile(q_ptr, q_strides, batch, head, first + begin, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
     do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
-    i_ptr, j_ptr, s_ptr, t_ptr = _row_numbers(rows_ptr, rows_strides, batch, head, first + begin)
-    a = _load_parameter(a_ptr, head, heads, C)
+    rows_ptr = _rows_start(rows_ptr, rows_strides, batch, head, first + begin)
+    a = ordered_parameter(a_ptr, head, heads, C)
     identity, identity_v = _identity(C.BLOCK_D, OPERAND, OPERAND), _identity(C.BLOCK_DV, OPERAND, OPERAND)
-    states = tl.trans(plus.to(OPERAND)), tl.trans(minus.to(OPERAND))
-    vectors = _vector_operands(r_plus, r_minus, OPERAND, C)
+    states = tl.trans(order_columns(plus, C).to(OPERAND)), tl.trans(order_columns(minus, C).to(OPERAND))
+    vectors = _vector_operands(order_columns(r_plus, C), order_columns(r_minus, C), OPERAND, C)
     moved = _row_operand(-eps * mean, OPERAND)
+    is_first = _first_half(C)[None, :]
+    rows = row_order(C)
     d_states = (_zeros(C.BLOCK_DV, C.BLOCK_D), _zeros(C.BLOCK_DV, C.BLOCK_D))
     for start in range(begin, end, C.BLOCK_N):
+        q = load_rows(q_ptr + q_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
         inside = tl.arange(0, C.BLOCK_N) < end - start
-        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
         do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0)
         inside = start + tl.arange(0, C.BLOCK_N) < end
-        features = fast_rounded_parts(PHI(_to_product_layout(q, identity, OPERAND), a, C.EXPONENT), OPERAND, False)
+        features = fast_rounded_parts(
+            PHI(as_product(q, identity, OPERAND, C, ANCHORED=True), a, C.EXPONENT), OPERAND, False
+        )
         one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
         first_half, second_half = _denominators(features, vectors, one, PRECISION, C)
-        first_half, second_half = 1.0 / first_half, 1.0 / second_half
+        first_half, second_half = fast_inverse(first_half), fast_inverse(second_half)
         o = tl.dot(_ones(OPERAND, C), moved, input_precision=PRECISION)
         o = _product(features, states, o, PRECISION)
-        dn = _times_halves(_to_product_layout(do, identity_v, OPERAND), first_half, second_half, C)
+        dn = _times_halves(_to_product_layout(do, identity_v, OPERAND), first_half, second_half, is_first, C)
         d_states = _products(tl.trans(dn.to(OPERAND)), features, d_states, PRECISION)
         o *= dn
-        is_first = _first_half(C)[None, :]
         weight, other = _both_by_head(tl.where(is_first, o, 0.0), tl.where(is_first, 0.0, o), C)
-        _store_weight(i_ptr, rows_strides, head, heads, inside, first_half, C)
-        _store_weight(j_ptr, rows_strides, head, heads, inside, second_half, C)
-        _store_weight(s_ptr, rows_strides, head, heads, inside, -weight * first_half, C)
-        _store_weight(t_ptr, rows_strides, head, heads, inside, -other * second_half, C)
+        _store_row_numbers(
+            rows_ptr, rows_strides, head, heads, inside, first_half, second_half, -weight * first_half,
+            -other * second_half, C,
+        )  # fmt: skip
         q_ptr, do_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C)
-        i_ptr, j_ptr = _next(i_ptr, rows_strides, C), _next(j_ptr, rows_strides, C)
-        s_ptr, t_ptr = _next(s_ptr, rows_strides, C), _next(t_ptr, rows_strides, C)
-    d_plus, d_minus = d_states
+        rows_ptr += 4 * C.BLOCK_N
+    d_plus, d_minus = order_columns(d_states[0], C), order_columns(d_states[1], C)
     return _mask_heads(d_plus, C), _mask_heads(d_minus, C)
 
 
@@ -380,46 +421,44 @@ def differentiate_signed_queries(
     C: tl.constexpr,
 ):  # fmt: skip
     """Writes dq; the parts of dr, and the terms of the power's gradient."""
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    q_ptr, q_tile = _tile(q_ptr, q_strides, batch, head, first + begin, h, d, C)
-    do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
-    dq_ptr, dq_tile = _tile(dq_ptr, dq_strides, batch, head, first + begin, h, d, C)
-    i_ptr, j_ptr, s_ptr, t_ptr = _row_numbers(rows_ptr, rows_strides, batch, head, first + begin)
-    a = _load_parameter(a_ptr, head, heads, C)
+    q_ptr, q_tile = rows_tile(q_ptr, q_strides, batch, head, first + begin, C.BLOCK_D, C)
+    do_ptr, do_tile = rows_tile(do_ptr, do_strides, batch, head, first + begin, C.BLOCK_DV, C)
+    dq_ptr, dq_tile = rows_tile(dq_ptr, dq_strides, batch, head, first + begin, C.BLOCK_D, C)
+    rows_ptr = _rows_start(rows_ptr, rows_strides, batch, head, first + begin)
+    a = ordered_parameter(a_ptr, head, heads, C)
     identity, identity_v = _identity(C.BLOCK_D, OPERAND, OPERAND), _identity(C.BLOCK_DV, OPERAND, OPERAND)
-    states = plus.to(OPERAND), minus.to(OPERAND)
-    vectors = _vector_operands(r_plus, r_minus, OPERAND, C)
+    states = order(plus, C).to(OPERAND), order(minus, C).to(OPERAND)
+    vectors = _vector_operands(order_columns(r_plus, C), order_columns(r_minus, C), OPERAND, C)
     vectors = tl.trans(vectors[0]), tl.trans(vectors[1])
+    is_first = _is_first(C)
+    rows = row_order(C)
     zero = tl.minimum(end, 0).to(tl.int32)
     dr_plus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     dr_minus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
-    for start in range(begin, end, C.BLOCK_N):
+    # with a number of stages told, all loads come ahead, not just those of what products take
+    for start in tl.range(begin, end, C.BLOCK_N, num_stages=C.STAGES):
+        q = load_rows(q_ptr + q_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+        do = load_rows(do_ptr + do_tile, rows < end - start, head, heads, C.DV, C.BLOCK_DV, C)
         inside = tl.arange(0, C.BLOCK_N) < end - start
-        q = tl.load(q_ptr + q_tile, mask=inside[:, None] & exists[None, :], other=0.0)
-        do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0)
-        inverse = _load_weight(i_ptr, rows_strides, head, heads, inside, 0.0, C)
-        other = _load_weight(j_ptr, rows_strides, head, heads, inside, 0.0, C)
-        dn = _times_halves(_to_product_layout(do, identity_v, OPERAND), inverse, other, C).to(OPERAND)
-        weight = _load_weight(s_ptr, rows_strides, head, heads, inside, 0.0, C)
-        other = _load_weight(t_ptr, rows_strides, head, heads, inside, 0.0, C)
+        inverse, other_inverse, weight, other = _load_row_numbers(rows_ptr, rows_strides, head, heads, inside, C)
+        dn = _times_halves(as_product(do, identity_v, OPERAND, C), inverse, other_inverse, is_first, C)
+        dn = dn.to(OPERAND)
         d_features = _products(_weights(weight, other, OPERAND, C), vectors, None, PRECISION)
         d_features = _products(dn, states, d_features, PRECISION)
-        q = _to_product_layout(q, identity, OPERAND)
         d_plus, d_minus = d_features
+        q = as_product(q, identity, OPERAND, C, d_plus)
         dq = tl.where(q > 0.0, d_plus, d_minus) * PHI_DX(q, 0.0, a, C.EXPONENT)
-        inside = start + tl.arange(0, C.BLOCK_N) < end
-        tl.store(dq_ptr + dq_tile, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
+        store_rows(dq_ptr + dq_tile, dq, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
         da = computed_here(_add_products(da, dq, PHI_DA(q, 0.0, a, C.EXPONENT), C), zero)  # zero where there is no row
         p = PHI(q, a, C.EXPONENT)
         weight, other = _to_columns(weight, C), _to_columns(other, C)
-        dr_plus = _add_products(dr_plus, tl.abs(p), tl.where(p > 0.0, weight, other), C)
-        dr_minus = _add_products(dr_minus, -tl.abs(p), tl.where(p > 0.0, other, weight), C)
+        dr_plus = _add_products(dr_plus, p, tl.where(q > 0.0, weight, -other), C)
+        dr_minus = _add_products(dr_minus, p, tl.where(q > 0.0, -other, weight), C)
         q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
-        i_ptr, j_ptr = _next(i_ptr, rows_strides, C), _next(j_ptr, rows_strides, C)
-        s_ptr, t_ptr = _next(s_ptr, rows_strides, C), _next(t_ptr, rows_strides, C)
-    return _sum_eighths(dr_plus), _sum_eighths(dr_minus), _power_gradient(_sum_eighths(da), a, C)
+        rows_ptr += 4 * C.BLOCK_N
+    da = _power_gradient(_sum_eighths(da), a, C)
+    return order_columns(_sum_eighths(dr_plus), C), order_columns(_sum_eighths(dr_minus), C), order_columns(da, C)
 
 
 @jit
@@ -431,18 +470,16 @@ def differentiate_signed_keys(
     C: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradients of keys and values; the terms of the power's."""
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    k_ptr, k_tile = _tile(k_ptr, k_strides, batch, head, first + begin, h, d, C)
-    v_ptr, v_tile = _tile(v_ptr, v_strides, batch, head, first + begin, hv, c, C)
+    k_ptr, k_tile = rows_tile(k_ptr, k_strides, batch, head, first + begin, C.BLOCK_D, C)
+    v_ptr, v_tile = rows_tile(v_ptr, v_strides, batch, head, first + begin, C.BLOCK_DV, C)
     if e_ptr is not None:
-        e_ptr, e_tile = _tile(e_ptr, e_strides, 0, head, begin, h, d, C)
-    dk_ptr, dk_tile = _tile(dk_ptr, dk_strides, batch, head, first + begin, h, d, C)
-    dv_ptr, dv_tile = _tile(dv_ptr, dv_strides, batch, head, first + begin, hv, c, C)
+        e_ptr, e_tile = rows_tile(e_ptr, e_strides, 0, head, begin, C.BLOCK_D, C)
+    dk_ptr, dk_tile = rows_tile(dk_ptr, dk_strides, batch, head, first + begin, C.BLOCK_D, C)
+    dv_ptr, dv_tile = rows_tile(dv_ptr, dv_strides, batch, head, first + begin, C.BLOCK_DV, C)
     if C.KEY_WEIGHT:
         wk_ptr = _start(wk_ptr, wk_strides, batch, head, first + begin)
         dwk_ptr = _start(dwk_ptr, dwk_strides, batch, head, first + begin)
-    a = _load_parameter(a_ptr, head, heads, C)
+    a = ordered_parameter(a_ptr, head, heads, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
@@ -451,17 +488,17 @@ def differentiate_signed_keys(
     # (v - m) dRᵀ = v dRᵀ - m dRᵀ with the same rounded dR: the mean cancels although v enters the product as it is
     dr_plus = (dr_plus - tl.sum(mean[:, None] * d_plus, 0)) * one
     dr_minus = (dr_minus - tl.sum(mean[:, None] * d_minus, 0)) * one
-    d_plus, d_minus = d_plus.to(OPERAND), d_minus.to(OPERAND)
-    vectors = _row_operand(dr_plus, OPERAND), _row_operand(dr_minus, OPERAND)
+    d_plus, d_minus = order(d_plus, C).to(OPERAND), order(d_minus, C).to(OPERAND)
+    vectors = _row_operand(order_columns(dr_plus, C), OPERAND), _row_operand(order_columns(dr_minus, C), OPERAND)
     d_states = d_plus, d_minus
     transposed = tl.trans(d_plus), tl.trans(d_minus)
+    rows = row_order(C)
     zero = tl.minimum(end, 0).to(tl.int32)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     for start in range(begin, end, C.BLOCK_N):
         inside = tl.arange(0, C.BLOCK_N) < end - start
-        mask = inside[:, None] & exists[None, :]
-        k = tl.load(k_ptr + k_tile, mask=mask, other=0.0)
-        v = tl.load(v_ptr + v_tile, mask=inside[:, None] & exists_v[None, :], other=0.0).to(OPERAND)
+        k = load_rows(k_ptr + k_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+        v = load_rows(v_ptr + v_tile, rows < end - start, head, heads, C.DV, C.BLOCK_DV, C).to(OPERAND)
         if C.MEAN:
             d_features = _products(_ones(OPERAND, C), vectors, None, PRECISION)
             dk_plus, dk_minus = _products(v, d_states, d_features, PRECISION)
@@ -469,9 +506,10 @@ def differentiate_signed_keys(
             dk_plus, dk_minus = _products(v, d_states, None, PRECISION)
             plus, minus = _products(_ones(OPERAND, C), vectors, None, PRECISION)
             dk_plus, dk_minus = dk_plus * scale + plus, dk_minus * scale + minus
-        k = _to_product_layout(k, identity, OPERAND)
+        k = as_product(k, identity, OPERAND, C, dk_plus)
         if e_ptr is not None:
-            k += _to_product_layout(tl.load(e_ptr + e_tile, mask=mask, other=0.0), identity, OPERAND)
+            e = load_rows(e_ptr + e_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+            k += as_product(e, identity, OPERAND, C)
             e_ptr = _next(e_ptr, e_strides, C)
         dp = tl.where(k > 0.0, dk_plus, dk_minus)
         p = PHI(k, a, C.EXPONENT)
@@ -481,8 +519,7 @@ def differentiate_signed_keys(
             dp *= w
             wk_ptr, dwk_ptr = _next(wk_ptr, wk_strides, C), _next(dwk_ptr, dwk_strides, C)
         dk = dp * PHI_DX(k, 0.0, a, C.EXPONENT)
-        inside = start + tl.arange(0, C.BLOCK_N) < end
-        tl.store(dk_ptr + dk_tile, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
+        store_rows(dk_ptr + dk_tile, dk, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
         da = computed_here(_add_products(da, dk, PHI_DA(k, 0.0, a, C.EXPONENT), C), zero)
         dv = _zeros(C.BLOCK_N, C.BLOCK_DV)
         if C.KEY_WEIGHT:
@@ -492,7 +529,7 @@ def differentiate_signed_keys(
         dv = _product(features, transposed, dv, PRECISION)
         if not C.MEAN:
             dv *= scale
-        tl.store(dv_ptr + dv_tile, dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None] & exists_v[None, :])
+        store_rows(dv_ptr + dv_tile, dv, start + rows < end, head, heads, C.DV, C.BLOCK_DV, C)
         k_ptr, v_ptr = _next(k_ptr, k_strides, C), _next(v_ptr, v_strides, C)
         dk_ptr, dv_ptr = _next(dk_ptr, dk_strides, C), _next(dv_ptr, dv_strides, C)
-    return _power_gradient(_sum_eighths(da), a, C)
+    return order_columns(_power_gradient(_sum_eighths(da), a, C), C)

@@ -18,6 +18,16 @@ feature map is asked for, which loads the next head's tiles while it computes. F
 from __future__ import annotations
 
 from flash_bla.ops.triton_kernels import _store_parameter_gradient
+from flash_bla.ops.triton_order import (
+    load_rope,
+    load_rows,
+    order_columns,
+    ordered_factor,
+    ordered_parameter,
+    row_order,
+    rows_tile,
+    store_rows,
+)
 from flash_bla.ops.triton_plain import _by_thread, _to_value_columns
 from flash_bla.ops.triton_support import (
     NOT_SPECIALIZED,
@@ -30,9 +40,6 @@ from flash_bla.ops.triton_support import (
 from flash_bla.ops.triton_tiles import (
     _by_eighth,
     _identity,
-    _load_factor,
-    _load_parameter,
-    _load_rope,
     _load_weight,
     _offsets,
     _power_gradient,
@@ -86,10 +93,23 @@ def _load(pointer, strides, batch, head, column, inside, exists, other, C: tl.co
 
 
 @jit
-def _plus_encoding(k, e_ptr, e_strides, head, column, inside, exists, C: tl.constexpr):
+def _load_rows(pointer, strides, batch, head, length, other, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    """A tile of a sequence of this length, its columns in the order of products."""
+    pointer, tile = rows_tile(pointer, strides, batch, head, 0, BLOCK, C)
+    return load_rows(pointer + tile, row_order(C, BLOCK) < length, 0, 1, D, BLOCK, C, other)
+
+
+@jit
+def _store_rows(pointer, strides, batch, head, length, x, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
+    pointer, tile = rows_tile(pointer, strides, batch, head, 0, BLOCK, C)
+    store_rows(pointer + tile, x, row_order(C, BLOCK) < length, 0, 1, D, BLOCK, C)
+
+
+@jit
+def _plus_encoding(k, e_ptr, e_strides, head, length, C: tl.constexpr):
     """Keys in float32, with their encoding, if any."""
     if e_ptr is not None:
-        return k.to(tl.float32) + _load(e_ptr, e_strides, 0, head, column, inside, exists, 0.0, C).to(tl.float32)
+        return k.to(tl.float32) + _load_rows(e_ptr, e_strides, 0, head, length, 0.0, C.D, C.BLOCK_D, C).to(tl.float32)
     else:
         return k.to(tl.float32)
 
@@ -156,13 +176,13 @@ def _feature_gradients(d_scores, d_others, phi, turned, cos, sin, C: tl.constexp
 
 @jit
 def _again(
-    x, phi, pointer, strides, e_ptr, e_strides, batch, head, column, inside, a,
+    x, phi, pointer, strides, e_ptr, e_strides, batch, head, length, a,
     PHI: tl.constexpr, PAD: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """x and φ(x), loaded and computed again where registers cannot hold them until now."""
     if C.PARAMETER:
-        x = _load(pointer, strides, batch, head, column, inside, column < C.D, PAD, C)
-        x = _plus_encoding(x, e_ptr, e_strides, head, column, inside, column < C.D, C)
+        x = _load_rows(pointer, strides, batch, head, length, PAD, C.D, C.BLOCK_D, C)
+        x = _plus_encoding(x, e_ptr, e_strides, head, length, C)
         x = _added_to_product(x, OPERAND)
         return x, PHI(x, a, C.EXPONENT)
     else:
@@ -185,12 +205,12 @@ def single_forward_kernel(
         scale = one
     for i in range(tl.program_id(0), programs, tl.num_programs(0)):
         batch, head = (i // heads).to(tl.int64), i % heads
-        a = _load_parameter(a_ptr, head, heads, C)
-        k = _load(k_ptr, k_strides, batch, head, d, keys, d < C.D, 0.0, C)
-        k = _plus_encoding(k, e_ptr, e_strides, head, d, keys, d < C.D, C)
-        k = tl.where(keys[:, None] & (d < C.D)[None, :], k, PAD)  # φ is zero where PAD stands
-        q = _load(q_ptr, q_strides, batch, head, d, queries, d < C.D, 0.0, C)
-        factor = _load_factor(a_ptr, head, heads, C)
+        a = ordered_parameter(a_ptr, head, heads, C)
+        k = _load_rows(k_ptr, k_strides, batch, head, key_length, 0.0, C.D, C.BLOCK_D, C)
+        k = _plus_encoding(k, e_ptr, e_strides, head, key_length, C)
+        k = tl.where(keys[:, None] & order_columns(d < C.D, C)[None, :], k, PAD)  # φ is zero where PAD stands
+        q = _load_rows(q_ptr, q_strides, batch, head, query_length, 0.0, C.D, C.BLOCK_D, C)
+        factor = ordered_factor(a_ptr, head, heads, C)
         k, q = PHI(k, a, C.EXPONENT) * (factor * factor), PHI(q.to(tl.float32), a, C.EXPONENT)
         w = None
         if C.KEY_WEIGHT:
@@ -198,8 +218,8 @@ def single_forward_kernel(
         phi_k, phi_q = _operands(k, w, OPERAND, C), _operands(q, None, OPERAND, C)
         cos, sin = 0.0, 0.0
         if C.ROPE:
-            rope = _start(rope_ptr, rope_strides, 0, head, 0) + _offsets(d * 0, d, rope_strides, C)
-            cos, sin = _load_rope(rope, queries[:, None] & (d < C.D)[None, :], None, OPERAND, C)
+            rope, rope_tile = rows_tile(rope_ptr, rope_strides, 0, head, 0, C.BLOCK_D, C)
+            cos, sin = load_rope(rope + rope_tile, row_order(C) < query_length, 0, 1, None, OPERAND, C)
         turned_k = _turned(k, phi_k[0], w, cos, sin, OPERAND, C)
         turned_q = _turned(q, phi_q[0], None, cos, sin, OPERAND, C)
         least = _least(wq_ptr, wq_strides, batch, head, heads, queries, eps, C)
@@ -224,35 +244,41 @@ def single_backward_kernel(
     wait_for_inputs()
     HALVES: tl.constexpr = 2 if C.SIGNED else 1
     batch, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-    d, n = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_N)
+    n = tl.arange(0, C.BLOCK_N)
     queries, keys = n < query_length, n < key_length
-    k = _load(k_ptr, k_strides, batch, head, d, keys, d < C.D, PAD, C)
-    q = _load(q_ptr, q_strides, batch, head, d, queries, d < C.D, PAD, C)
-    a = _load_parameter(a_ptr, head, heads, C)
+    k = _load_rows(k_ptr, k_strides, batch, head, key_length, PAD, C.D, C.BLOCK_D, C)
+    q = _load_rows(q_ptr, q_strides, batch, head, query_length, PAD, C.D, C.BLOCK_D, C)
+    # all loads before anything waits for one of them
+    DV: tl.constexpr = C.DV // HALVES
+    WIDTH: tl.constexpr = C.BLOCK_DV // HALVES if C.BLOCK_DV > 16 else 16
+    values, gradients = (), ()
+    for half in tl.static_range(HALVES):
+        v, do = v_ptr + half * DV * v_strides[3], do_ptr + half * DV * do_strides[3]
+        values = values + (_load_rows(v, v_strides, batch, head, key_length, 0.0, DV, WIDTH, C),)
+        gradients = gradients + (_load_rows(do, do_strides, batch, head, query_length, 0.0, DV, WIDTH, C),)
+    a = ordered_parameter(a_ptr, head, heads, C)
     w = None
     if C.KEY_WEIGHT:
         w = _load_weight(_start(wk_ptr, wk_strides, batch, head, 0), wk_strides, head, heads, keys, 0.0, C)
-    factor = _load_factor(a_ptr, head, heads, C)
+    factor = ordered_factor(a_ptr, head, heads, C)
     factor *= factor  # that of the queries, too
     least = tl.where(queries[:, None], _least(wq_ptr, wq_strides, batch, head, heads, queries, eps, C), 1.0)
     one = 1.0 / tl.maximum(key_length, 1).to(tl.float32)
     if C.MEAN:
         scale = one
-    k = _plus_encoding(k, e_ptr, e_strides, head, d, keys, d < C.D, C)
+    k = _plus_encoding(k, e_ptr, e_strides, head, key_length, C)
     k, q = _added_to_product(k, OPERAND), _added_to_product(q, OPERAND)
     phi_k, phi_q = PHI(k, a, C.EXPONENT), PHI(q, a, C.EXPONENT)
     q_operands = _operands(phi_q, None, OPERAND, C)
     k_operands = _operands(phi_k * factor, w, OPERAND, C)
     cos, sin = 0.0, 0.0
     if C.ROPE:
-        rope = _load(rope_ptr, rope_strides, 0, head, d, queries, d < C.D, 0.0, C)
+        rope = _load_rows(rope_ptr, rope_strides, 0, head, query_length, 0.0, C.D, C.BLOCK_D, C)
         cos, sin = tl.split(tl.reshape(_added_to_product(rope, OPERAND), C.BLOCK_N, C.BLOCK_D // 2, 2))
     turned_q = _turned(phi_q, q_operands[0], None, cos, sin, OPERAND, C)
     turned_k = _turned(phi_k * factor, k_operands[0], w, cos, sin, OPERAND, C)
     for half in tl.static_range(HALVES):
-        c, exists = _half_columns(half, C)
-        v = _load(v_ptr, v_strides, batch, head, c, keys, exists, 0.0, C).to(OPERAND)
-        do = _load(do_ptr, do_strides, batch, head, c, queries, exists, 0.0, C).to(OPERAND)
+        v, do = values[half].to(OPERAND), gradients[half].to(OPERAND)
         scores, others = _scores(q_operands, k_operands, turned_q, turned_k, half, C)
         d_scores = tl.dot(do, tl.trans(v))
         inverse = fast_inverse(tl.sum(others, 1)[:, None] * one + least)
@@ -267,7 +293,7 @@ def single_backward_kernel(
         shift *= inverse * one
         if dv_ptr is not None:
             dv = tl.dot(tl.trans((scores * inverse).to(OPERAND)), do)
-            _store(dv_ptr, dv_strides, batch, head, c, keys, exists, dv, C)
+            _store_rows(dv_ptr + half * DV * dv_strides[3], dv_strides, batch, head, key_length, dv, DV, WIDTH, C)
         d_scores *= inverse
         if C.ROPE:
             d_others = tl.broadcast_to(-shift, C.BLOCK_N, C.BLOCK_N)
@@ -277,25 +303,25 @@ def single_backward_kernel(
             d_first = d_scores if C.ROPE else d_others
     d_scores, d_others = d_first.to(OPERAND), d_others.to(OPERAND)
     d_phi, d_minus = _feature_gradients(d_scores, d_others, k_operands, turned_k, cos, sin, C)
-    x, phi = _again(q, phi_q, q_ptr, q_strides, None, e_strides, batch, head, d, queries, a, PHI, PAD, OPERAND, C)
+    x, phi = _again(q, phi_q, q_ptr, q_strides, None, e_strides, batch, head, query_length, a, PHI, PAD, OPERAND, C)
     if C.SIGNED:
         d_phi = _of_sign(x, d_phi, d_minus)
     dq, da = _features_backward(x, a, phi, d_phi, PHI_DX, PHI_DA, C)
-    _store(dq_ptr, dq_strides, batch, head, d, queries, d < C.D, dq, C)
+    _store_rows(dq_ptr, dq_strides, batch, head, query_length, dq, C.D, C.BLOCK_D, C)
     if C.PARAMETER:
         # by the focusing map's scale, by channel Σ φ dφ, of queries as much as of keys
         da = _by_eighth(da if C.SIGNED else phi * d_phi, C)
     if dk_ptr is not None:
         d_scores, d_others = tl.trans(d_scores), tl.trans(d_others)
         d_phi, d_minus = _feature_gradients(d_scores, d_others, q_operands, turned_q, cos, sin, C)
-        x, phi = _again(k, phi_k, k_ptr, k_strides, e_ptr, e_strides, batch, head, d, keys, a, PHI, PAD, OPERAND, C)
+        x, phi = _again(k, phi_k, k_ptr, k_strides, e_ptr, e_strides, batch, head, key_length, a, PHI, PAD, OPERAND, C)
         d_phi = _of_sign(x, d_phi, d_minus) if C.SIGNED else d_phi * factor
         if C.KEY_WEIGHT:
             dwk = _start(dwk_ptr, dwk_strides, batch, head, 0)
             _store_weight(dwk, dwk_strides, head, heads, keys, tl.sum(d_phi * phi, 1)[:, None], C)
             d_phi *= w
         dk, da_keys = _features_backward(x, a, phi, d_phi, PHI_DX, PHI_DA, C)
-        _store(dk_ptr, dk_strides, batch, head, d, keys, d < C.D, dk, C)
+        _store_rows(dk_ptr, dk_strides, batch, head, key_length, dk, C.D, C.BLOCK_D, C)
         if C.SIGNED:
             da += _by_eighth(da_keys, C)
     if C.PARAMETER:
@@ -304,7 +330,7 @@ def single_backward_kernel(
             da = _power_gradient(da, a, C)
         else:
             da *= tl.reshape(-2.0 * C.EXPONENT / a, C.BLOCK_D)
-        _store_parameter_gradient(da_ptr, batch * heads + head, head, heads, da, C)
+        _store_parameter_gradient(da_ptr, batch * heads + head, head, heads, order_columns(da, C), C)
 
 
 # --- where nothing but a feature map is asked for: see triton_plain.py ------------------------------------------------

@@ -95,7 +95,7 @@ def _inverse_nvidia(x):
 
 
 @jit
-def same(x, zero):
+def same(x, other=None):
     return x
 
 
@@ -111,6 +111,33 @@ def _computed_here(x, zero):
     )  # fmt: skip
 
 
+@jit
+def _anchored(x):
+    """x of two bytes, by an instruction that the compiler does not repeat."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@jit
+def to_float(x):
+    return x.to(tl.float32)
+
+
+@jit
+def _to_float_nvidia(x):
+    if x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;}", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(tl.float32)
+
+
+@jit
+def _in_layout_of(x, y):
+    """x in the registers where y is."""
+    return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+
+
 # NVIDIA's own instructions: Triton's logarithm takes 31 to be right for denormal numbers, too, and two numbers are
 # rounded by one and take one more each for their positive and their negative part
 NVIDIA = HAS_TRITON and not INTERPRETING and torch.version.hip is None
@@ -120,12 +147,18 @@ if NVIDIA:
     fast_log2 = tl.extra.cuda.libdevice.fast_log2f
     fast_rounded_parts = _rounded_parts_nvidia
     computed_here = _computed_here
+    anchored = _anchored
+    fast_to_float = _to_float_nvidia
+    in_layout_of = _in_layout_of
 else:
     fast_exp_to_one = exp_to_one
     fast_inverse = inverse
     fast_log2 = log2
     fast_rounded_parts = rounded_parts
     computed_here = same
+    anchored = same
+    fast_to_float = to_float
+    in_layout_of = same
 
 
 @jit
@@ -458,6 +491,14 @@ def is_hopper(device: torch.device) -> bool:
     if INTERPRETING:
         return True
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@lru_cache
+def has_products_in_registers(device: torch.device) -> bool:
+    """Whether threads have a product's result as triton_order.py says: not on AMD's chips, nor from Blackwell on."""
+    if INTERPRETING:
+        return True
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 10
 
 
 def cdiv(a: int, b: int) -> int:

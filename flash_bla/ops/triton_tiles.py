@@ -37,6 +37,8 @@ class Config(NamedTuple):
     ALIGN: int  # divides all strides but the columns'
     RATIOS: bool  # the loops compute the norm ratios and leave them as weights, and add the keys' gradient by them
     PLAIN: bool  # the loops of triton_plain.py do all that is asked for
+    ORDERED: bool  # tiles have their columns in the order of triton_order.py
+    STAGES: int = 1  # of the loads' pipeline
 
 
 # --- rows, columns, heads ---------------------------------------------------------------------------------------------
@@ -115,17 +117,35 @@ def _start(pointer, strides, batch, head, row):
 
 
 @jit
+def _aligned(strides, C: tl.constexpr):
+    """Strides that the compiler sees to be multiples of ALIGN: such columns go as vectors. Those of 16 it knows."""
+    if C.ALIGN % 16 == 0:
+        return strides
+    else:
+        ALIGN: tl.constexpr = C.ALIGN
+        return strides[0] // ALIGN * ALIGN, strides[1] // ALIGN * ALIGN, strides[2] // ALIGN * ALIGN, strides[3]
+
+
+@jit
 def _tile(pointer, strides, batch, head, row, in_group, channel, C: tl.constexpr):
     """Where a tile starts, and its offsets from there."""
-    # what ALIGN divides goes as vectors; of strides by themselves the compiler knows multiples of 16 alone
-    ALIGN: tl.constexpr = C.ALIGN
-    strides = (strides[0] // ALIGN * ALIGN, strides[1] // ALIGN * ALIGN, strides[2] // ALIGN * ALIGN, strides[3])
+    strides = _aligned(strides, C)
     return _start(pointer, strides, batch, head, row), _offsets(in_group, channel, strides, C)
 
 
 @jit
 def _next(pointer, strides, C: tl.constexpr):
     return pointer + tl.full((), C.BLOCK_N, tl.int64) * strides[2]
+
+
+@jit
+def _rounded(p, OPERAND: tl.constexpr):
+    """The number that the operand p is; to convert it there and back takes four times as long."""
+    if OPERAND == tl.bfloat16:
+        rounded = ((p.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+        return tl.where(p == p, rounded, p)  # a NaN may have become zero
+    else:
+        return p.to(OPERAND).to(tl.float32)
 
 
 @jit
@@ -161,7 +181,7 @@ def _by_eighth(x, C: tl.constexpr):
 
 @jit
 def _sum_eighths(x):
-    return tl.sum(tl.sum(x, 0), 0)
+    return tl.sum(tl.sum(x, 1), 0)
 
 
 @jit
@@ -241,15 +261,12 @@ def _turn(x, cos, sin, C: tl.constexpr):
 
 
 @jit
-def _load_rope(pointers, mask, identity, OPERAND: tl.constexpr, C: tl.constexpr):
-    """Cosines and sines of a tile's pairs of columns, in a product's layout if ``identity`` is a matrix.
+def _cosines(rope, C: tl.constexpr):
+    """Cosines and sines, each float32 (rows, columns / 2), of a tile of rotary tables, which have them by turns.
 
     Tables by token come from the L2 cache. Tables by the axes of a grid, which stay in the L1 cache, were slower on an
     H200, by up to a quarter backward: their rows are gathered two numbers at a time.
     """
-    rope = tl.load(pointers, mask=mask, other=0.0)
-    if OPERAND == tl.bfloat16 and identity is not None and C.BLOCK_D <= 64:
-        rope = tl.dot(rope, identity)
     return tl.split(tl.reshape(rope.to(tl.float32), C.BLOCK_N, C.BLOCK_D // 2, 2))
 
 
@@ -326,7 +343,7 @@ def _add_rows(z, features, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl
 
 # --- states -----------------------------------------------------------------------------------------------------------
 # In memory (B, H, 1, ROWS, D): S, z as its next row, and of ``SOFTMAX`` two more: the queries' mean, and the logarithm
-# of the exponentials' sum. Those of splits stand one after the other; they have the logarithm alone, twice.
+# of the exponentials' sum. Those of splits stand one after the other.
 
 
 @jit
@@ -369,6 +386,15 @@ def _load_softmax(state_ptr, at, head, heads, C: tl.constexpr):
     h = tl.arange(0, C.GROUP)
     logarithm = tl.load(state_ptr + ((h + 1) * _state_rows(C) - 1) * C.D, mask=head + h < heads, other=0.0)
     return tl.load(state_ptr + z_offsets + C.D, mask=exists, other=0.0)[None, :], logarithm[None, :]
+
+
+@jit
+def _store_softmax(state_ptr, at, head, heads, mean, logarithm, C: tl.constexpr):
+    """What ``_load_softmax`` loads, where the sequence is not split; ``merge_kernel`` needs the logarithm."""
+    _, _, z_offsets, exists = _state_offsets(head, heads, C)
+    pointers, exists = (state_ptr + at * (_state_rows(C) * C.D) + z_offsets)[None, :], exists[None, :]
+    tl.store(pointers + C.D, mean, mask=exists)
+    tl.store(pointers + 2 * C.D, tl.broadcast_to(_to_columns(logarithm, C), 1, C.BLOCK_D), mask=exists)
 
 
 @jit

@@ -47,6 +47,7 @@ class Tuning(NamedTuple):
     persistent: bool = False  # no more programs than are resident
     warps: int | None = None  # as many as a program's state asks for
     rows: int | None = None  # of the tiles; as many as registers hold
+    ordered: bool = True  # columns in the order of triton_order.py, where they can be
 
 
 # For tiles of at most 32 columns, and for wider ones; `python -m benchmarks.tune` finds those of another chip. Rotary
@@ -70,6 +71,7 @@ _ROPE = _PLAIN | {
     state_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
     output_kernel: (Tuning(32, 4, 4, 128), Tuning(64, 4, 3, 128)),
     query_gradient_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+    single_forward_kernel: (Tuning(0, 4, 3, 128, True), Tuning(0, 4, 2, 128, True)),
     backward_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
 }
 TUNING = {
@@ -78,22 +80,23 @@ TUNING = {
     "softmax": _ROPE
     | {
         state_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 2, 4, 128)),
+        output_kernel: (Tuning(32, 4, 3, 128), Tuning(64, 2, 4, 128, ordered=False)),
     },
     "focusing": _PLAIN
     | {
         forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
         query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
         focusing_output_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
+        single_backward_kernel: (Tuning(0, 4, 1, 128), Tuning(0, 3, 1, 168)),
     },
     "signed": {
         signed_state_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, None)),
         signed_output_kernel: (Tuning(64, 3, 4, 168), Tuning(64, 3, 4, 168)),
         signed_sum_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
-        signed_query_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
+        signed_query_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
         signed_key_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
-        signed_forward_kernel: (Tuning(64, 3, 3, 168), Tuning(64, 3, 3, 168)),
-        signed_backward_kernel: (Tuning(32, 2, 3, None), Tuning(64, 2, 3, None)),
+        signed_forward_kernel: (Tuning(64, 3, 4, 168), Tuning(64, 3, 4, 168)),
+        signed_backward_kernel: (Tuning(32, 3, 4, 168), Tuning(64, 2, 3, None)),
         single_forward_kernel: _PLAIN[single_forward_kernel],
         single_backward_kernel: _PLAIN[single_backward_kernel],
     },
@@ -101,7 +104,7 @@ TUNING = {
         query_sum_kernel: (None, Tuning(0, 4, 3, None, warps=4, rows=64)),
         state_kernel: (None, Tuning(0, 1, 3, None, warps=8, rows=64)),
         output_kernel: (None, Tuning(0, 2, 3, 168, warps=4, rows=64)),
-        query_gradient_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
+        query_gradient_kernel: (None, Tuning(0, 1, 1, None, warps=8, rows=128)),
         key_gradient_kernel: (None, Tuning(0, 2, 2, None, warps=4, rows=64)),
         forward_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
         backward_kernel: (None, Tuning(0, 1, 2, None, warps=8, rows=128)),
@@ -133,11 +136,14 @@ def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool,
             width = 32  # their operands are twice as large, and take shared memory
         group = min(max(1, width // pitch), 4, 1 << (heads.bit_length() - 1))
         block_d = block_dv = max(16, pitch * group)
+    narrowest = min(block_d, block_dv) // group
     config = config._replace(GROUP=group, BLOCK_D=block_d, BLOCK_DV=block_dv)
     table = tuning_table(config, dtype, hopper)
     tuning = table[kernel][max(block_d, block_dv) > 32]
+    ordered = config.ORDERED and narrowest >= 32 and tuning.ordered
     if tuning.rows is not None:
-        return config._replace(BLOCK_N=tuning.rows), tuning
+        ordered = ordered and tuning.rows == 16 * tuning.warps
+        return config._replace(BLOCK_N=tuning.rows, ORDERED=ordered), tuning
     size = 4 if config.SIGNED and dtype != torch.bfloat16 else dtype.itemsize  # of the products' operands
     warps = 4 if block_d * block_dv * (2 if config.SIGNED else 1) <= 8192 else 8
     block_n = max(16, min(64, 2048 * warps // (max(block_d, block_dv) * size)))
@@ -150,7 +156,7 @@ def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool,
         tuning = tuning._replace(num_stages=1)  # their pipelines would need too much of both
     if dtype == torch.float16:
         tuning = tuning._replace(num_stages=min(tuning.num_stages, 3))
-    return config._replace(BLOCK_N=block_n), tuning
+    return config._replace(BLOCK_N=block_n, ORDERED=ordered and block_n == 16 * warps), tuning
 
 
 def widest_values(q: Tensor, signs: int) -> int:

@@ -221,6 +221,7 @@ def main(targets):
             elu1[1] = feature_maps._rounded if hip else feature_maps._elu1_rounded_nvidia
             maps["elu1"] = tuple(elu1)
         problem.is_hopper = lambda device, hopper=name == "sm_90": hopper
+        problem.has_products_in_registers = lambda device, has=name in ("sm_80", "sm_90"): has
         for kernels in (signed, single):
             kernels.fast_rounded_parts = support.rounded_parts if hip else support.fast_rounded_parts
         for kernels in (focusing, loops, plain, signed, single):
