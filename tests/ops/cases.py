@@ -26,6 +26,9 @@ SHAPES = [
     (1, 1, 197, 197, 36, 36),
     (1, 2, 110, 110, 48, 48),
     (1, 2, 49, 49, 64, 64),
+    (1, 3, 50, 50, 32, 32),
+    (1, 2, 50, 50, 48, 48),
+    (1, 3, 150, 150, 32, 32),
     (1, 1, 130, 130, 72, 40),
     (1, 1, 33, 33, 96, 96),
     (1, 1, 40, 300, 32, 48),
@@ -182,10 +185,10 @@ def _errors(results: dict, expected: dict) -> dict[str, float]:
     return errors
 
 
-def compare(name: str, leaves: dict, do: torch.Tensor, tolerance: float) -> None:
+def compare(name: str, leaves: dict, do: torch.Tensor, tolerance: float, **options) -> None:
     """The kernels on such leaves with the reference in float64."""
     results = [
-        forward_backward(linear_attention, VARIANTS[name], (leaves, None, do), dtype, backend=backend)
+        forward_backward(linear_attention, VARIANTS[name], (leaves, None, do), dtype, backend=backend, **options)
         for backend, dtype in (("triton", None), ("reference", torch.float64))
     ]
     assert_close(*results, tolerance)

@@ -49,6 +49,35 @@ def test_focusing_power_of_tokens_without_a_positive_channel(exponent, scale, dt
     assert_close(*results, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("name", ["elu1", "focusing_power", "signed_power"])
+@pytest.mark.parametrize("N", [50, 150])
+@pytest.mark.parametrize("step, D_v", [(1, 64), (1, 32), (2, 64), (16, 64)])
+def test_columns_with_gaps(name, N, step, D_v):
+    """Channels that are no neighbours, and an output gradient that is one number."""
+    parameter = 1.0 + torch.rand(2, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    kinds = {"focusing_power": focusing_power, "signed_power": signed_power}
+    results = []
+    for backend, dtype in (("triton", torch.bfloat16), ("reference", torch.float64)):
+        generator = torch.Generator().manual_seed(1)
+        x = [torch.randn(2, N, 2, d * step, generator=generator).to(torch.bfloat16) for d in (64, 64, D_v)]
+        q, k, v = (t.to(DEVICE, dtype)[..., ::step].transpose(1, 2).requires_grad_() for t in x)
+        a = parameter.to(dtype=torch.float32 if backend == "triton" else dtype)
+        o = linear_attention(q, k, v, feature_map=kinds[name](a) if name in kinds else name, backend=backend)
+        gradients = torch.autograd.grad(o.sum(), (q, k, v))
+        results.append({"o": o.detach()} | dict(zip("qkv", gradients, strict=True)))
+    assert_close(*results, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (140, 141), (299, 300), (0, 300)])
+def test_focusing_power_of_few_queries_with_gradients_by_their_ratios(rows):
+    """Blocks of queries without any are left out."""
+    leaves, _, do = make_inputs((8, 2, 300, 300, 16, 16), VARIANTS["focusing_power"], torch.float32)
+    without = torch.ones(300, dtype=torch.bool)
+    without[slice(*rows)] = False
+    do[:, :, without] = 0.0
+    compare("focusing_power", leaves, do, TOLERANCE[torch.float32], eps=1.0)
+
+
 def test_rotary_features_have_no_parameter():
     q = torch.randn(1, 1, 4, 8, device=DEVICE)
     rope = torch.ones(1, 4, 4, 2, device=DEVICE)
