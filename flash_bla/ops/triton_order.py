@@ -4,8 +4,10 @@ A thread has two neighbours of each eight columns of a product's result, but it 
 time. In this order the two are the same, and nothing has to go through shared memory between memory and products: the
 column 32 p + 8 j + 2 t + i of a tile is the channel 32 p + 8 t + 2 j + i (i < 2; t, j < 4; t is the thread of a row).
 Whatever else has such columns is brought into the order before a loop, and back after it, by ``order``. A thread's rows
-are a product's, too; only ``row_order`` knows of it. So it is for two bytes a number and at least 32 columns a head;
-elsewhere columns stay as they are.
+are a product's, too; only ``row_order`` knows of it.
+
+Tiles have the order (``ORDERED``) where numbers take two bytes, a head has at least 32 columns, which are neighbours in
+memory, and the chip leaves products in registers as Ampere and Hopper do. Elsewhere columns stay as they are.
 """
 
 from __future__ import annotations
