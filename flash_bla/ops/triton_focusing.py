@@ -24,13 +24,7 @@ from flash_bla.ops.triton_order import (
 )
 from flash_bla.ops.triton_plain import _by_thread, _to_value_columns, vector_by_thread
 from flash_bla.ops.triton_support import NOT_SPECIALIZED, fast_inverse, jit, share, tl, wait_for_inputs
-from flash_bla.ops.triton_tiles import (
-    _identity,
-    _load_state,
-    _next,
-    _start,
-    _zeros,
-)
+from flash_bla.ops.triton_tiles import _identity, _load_state, _next, _start, _zeros
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)

@@ -192,9 +192,8 @@ def write_output(
         if C.NORMALIZE:
             denominator = phi.to(OPERAND)
             if C.DECOUPLED:
-                denominator = load_rows(qd_ptr + qd_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C).to(
-                    OPERAND
-                )
+                denominator = load_rows(qd_ptr + qd_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
+                denominator = denominator.to(OPERAND)
             denominator = _by_thread(tl.dot(denominator, z, input_precision=PRECISION), C)
             if C.QUERY_WEIGHT:
                 least = least[:, :, None]
@@ -387,7 +386,6 @@ def differentiate_keys(
     sums = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
 
     for start in range(begin, end, C.BLOCK_N):
-        inside = tl.arange(0, C.BLOCK_N) < end - start
         k = load_rows(k_ptr + k_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
         v = load_rows(v_ptr + v_tile, rows < end - start, head, heads, C.DV, C.BLOCK_DV, C).to(OPERAND)
         d_phi = tl.dot(v, d_plus, input_precision=PRECISION) * scale

@@ -50,10 +50,10 @@ def order(x, C: tl.constexpr):
 
 
 @jit
-def row_order(C: tl.constexpr, BLOCK: tl.constexpr = 32):
+def row_order(C: tl.constexpr):
     """The row of the sequence in each row of a tile that ``load_rows`` loads."""
     rows = tl.arange(0, C.BLOCK_N)
-    if C.ORDERED and BLOCK >= 32:
+    if C.ORDERED:
         HALF: tl.constexpr = C.BLOCK_N // 2
         return rows % HALF // 8 * 16 + rows // HALF * 8 + rows % 8
     else:
@@ -68,13 +68,13 @@ def rows_tile(pointer, strides, batch, head, row, BLOCK: tl.constexpr, C: tl.con
     """Where a tile of ``load_rows`` and ``store_rows`` starts, and its offsets from there."""
     PITCH: tl.constexpr = BLOCK // C.GROUP
     strides = _aligned(strides, C)
-    rows = row_order(C, BLOCK)
-    columns = tl.arange(0, BLOCK // 32) * 32 if C.ORDERED and BLOCK >= 32 else tl.arange(0, BLOCK)
+    rows = row_order(C)
+    columns = tl.arange(0, BLOCK // 32) * 32 if C.ORDERED else tl.arange(0, BLOCK)
     h, channel, neighbours = columns // PITCH, columns % PITCH, tl.arange(0, 32)
     if C.WIDE:
         rows, h, channel, neighbours = rows.to(tl.int64), h.to(tl.int64), channel.to(tl.int64), neighbours.to(tl.int64)
     columns = h * strides[1] + channel * strides[3]
-    if C.ORDERED and BLOCK >= 32:
+    if C.ORDERED:
         offsets = (rows * strides[2])[None, :, None] + (neighbours * strides[3])[None, None, :]
         offsets += columns[:, None, None]
         # Columns are neighbours, or there is no such order (``Problem.ordered``). Rows are none: it is how to say that
@@ -88,7 +88,7 @@ def rows_tile(pointer, strides, batch, head, row, BLOCK: tl.constexpr, C: tl.con
 @jit
 def _mask(inside, head, heads, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
     PITCH: tl.constexpr = BLOCK // C.GROUP
-    if C.ORDERED and BLOCK >= 32:
+    if C.ORDERED:
         first = tl.arange(0, BLOCK // 32) * 32
         exists = (first % PITCH)[:, None, None] + tl.arange(0, 32)[None, None, :] < D
         if C.GROUP > 1:
@@ -103,7 +103,7 @@ def _mask(inside, head, heads, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.const
 def load_rows(pointers, inside, head, heads, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr, other=0.0):
     """A tile (rows, columns) from ``rows_tile``'s pointers; ``inside`` says which rows of ``row_order`` exist."""
     x = tl.load(pointers, mask=_mask(inside, head, heads, D, BLOCK, C), other=other)
-    if C.ORDERED and BLOCK >= 32:
+    if C.ORDERED:
         x = tl.reshape(x, BLOCK // 32, 2, C.BLOCK_N // 16, 8, 4, 4, 2)
         x = tl.reshape(tl.permute(x, (2, 1, 3, 0, 5, 4, 6)), C.BLOCK_N, BLOCK)
     return x
@@ -112,7 +112,7 @@ def load_rows(pointers, inside, head, heads, D: tl.constexpr, BLOCK: tl.constexp
 @jit
 def store_rows(pointers, x, inside, head, heads, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
     x = x.to(pointers.dtype.element_ty)
-    if C.ORDERED and BLOCK >= 32:
+    if C.ORDERED:
         x = tl.reshape(x, C.BLOCK_N // 16, 2, 8, BLOCK // 32, 4, 4, 2)
         x = tl.reshape(tl.permute(x, (3, 1, 0, 2, 5, 4, 6)), BLOCK // 32, C.BLOCK_N, 32)
     tl.store(pointers, x, mask=_mask(inside, head, heads, D, BLOCK, C))

@@ -32,13 +32,7 @@ from flash_bla.ops.triton_order import (
     store_rows,
 )
 from flash_bla.ops.triton_plain import _to_value_columns
-from flash_bla.ops.triton_support import (
-    computed_here,
-    fast_inverse,
-    fast_rounded_parts,
-    jit,
-    tl,
-)
+from flash_bla.ops.triton_support import computed_here, fast_inverse, fast_rounded_parts, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_products,
     _both_by_head,

@@ -96,13 +96,13 @@ def _load(pointer, strides, batch, head, column, inside, exists, other, C: tl.co
 def _load_rows(pointer, strides, batch, head, length, other, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
     """A tile of a sequence of this length, its columns in the order of products."""
     pointer, tile = rows_tile(pointer, strides, batch, head, 0, BLOCK, C)
-    return load_rows(pointer + tile, row_order(C, BLOCK) < length, 0, 1, D, BLOCK, C, other)
+    return load_rows(pointer + tile, row_order(C) < length, 0, 1, D, BLOCK, C, other)
 
 
 @jit
 def _store_rows(pointer, strides, batch, head, length, x, D: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
     pointer, tile = rows_tile(pointer, strides, batch, head, 0, BLOCK, C)
-    store_rows(pointer + tile, x, row_order(C, BLOCK) < length, 0, 1, D, BLOCK, C)
+    store_rows(pointer + tile, x, row_order(C) < length, 0, 1, D, BLOCK, C)
 
 
 @jit

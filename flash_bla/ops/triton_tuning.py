@@ -136,7 +136,8 @@ def plan(kernel, D: int, D_v: int, heads: int, dtype: torch.dtype, hopper: bool,
             width = 32  # their operands are twice as large, and take shared memory
         group = min(max(1, width // pitch), 4, 1 << (heads.bit_length() - 1))
         block_d = block_dv = max(16, pitch * group)
-    narrowest = min(block_d, block_dv) // group
+    halves = 2 if config.SIGNED and kernel in (single_forward_kernel, single_backward_kernel) else 1  # tiles of values
+    narrowest = min(block_d, block_dv // halves) // group
     config = config._replace(GROUP=group, BLOCK_D=block_d, BLOCK_DV=block_dv)
     table = tuning_table(config, dtype, hopper)
     tuning = table[kernel][max(block_d, block_dv) > 32]
