@@ -32,7 +32,10 @@ def focusing_output_kernel(
     q_ptr, q_strides, o_ptr, o_strides, a_ptr, wq_ptr, wq_strides, state_ptr, query_length, eps,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The outputs and ratios of one split (axis 1) of a sequence's queries (axis 0); heads are in GROUPS tiles."""
+    """The outputs, ratios and inverse norms of one split (axis 1) of a sequence's queries (axis 0).
+
+    Heads are in GROUPS tiles.
+    """
     wait_for_inputs()
     GROUPS: tl.constexpr = (HEADS + C.GROUP - 1) // C.GROUP
     batch, zero = tl.program_id(0).to(tl.int64), tl.full((), 0, tl.int32)
@@ -70,7 +73,9 @@ def focusing_output_kernel(
         ratio = integer_power(inverse_norm, C.EXPONENT - 1) * tl.rsqrt(tl.sum(powers, 1)[:, None])
         least = (eps / ratio)[:, :, None]
         rows = start - begin + tl.arange(0, C.BLOCK_N)
-        tl.store(wq_ptr + (rows * wq_strides[2])[:, None], ratio, mask=(rows < padded - begin)[:, None])
+        pointers, written = wq_ptr + (rows * wq_strides[2])[:, None], (rows < padded - begin)[:, None]
+        tl.store(pointers, ratio, mask=written)
+        tl.store(pointers + wq_strides[0] // 2, inverse_norm, mask=written)
         for group in tl.static_range(GROUPS):
             phi = integer_power(u[group], C.EXPONENT).to(OPERAND)
             o = tl.dot(phi, states[group], input_precision=PRECISION)

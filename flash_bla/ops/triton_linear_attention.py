@@ -190,7 +190,7 @@ def record_gradients(
             dk = dr = None  # the loops have added that
         elif p.key_weight is not None and keys:
             dr, dwk = multiply(record, dwk, p.key_weight), multiply(record, dwk, key_ratios.expand_as(dwk))
-        add_ratio_gradients(record, dq, dk, da, dwq, dr, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
+        add_ratio_gradients(record, dq, dk, da, dwq, dr, ratios, p.q, p.k, p.key_encoding, p.parameter, p.exponent)
         dwk = None if p.key_weight is None else dwk
     if da is not None:
         # of an empty batch there is no term

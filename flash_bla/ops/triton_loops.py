@@ -171,8 +171,9 @@ def write_output(
         phi = PHI(q.to(tl.float32), a, C.EXPONENT)
         least = eps
         if C.RATIOS:
-            w = _norm_ratio(q, a, C)[0]
+            w, _, inverse_norm, _ = _norm_ratio(q, a, C)
             _store_weight(wq_ptr, wq_strides, head, heads, inside, w, C)
+            _store_weight(wq_ptr + wq_strides[0] // 2, wq_strides, head, heads, inside, inverse_norm, C)
         if C.QUERY_WEIGHT:
             if C.NORMALIZE:
                 least = eps / w

@@ -1,9 +1,12 @@
 """The norm ratios of ``focusing_power`` in Triton, r = ‖u‖ / ‖uᵖ‖ of each token over all its heads.
 
-A program has all channels of its tokens, in PARTS tiles side by side, and reads them once. With s = u² / n, n = ‖u‖²,
-in which nothing overflows, r = n^((1 - p) / 2) / (Σ sᵖ)^½ and
+A program has all channels of its tokens, in PARTS tiles side by side, and reads them once. With n = ‖u‖², s = u² / n,
 
+    r = n^((1 - p) / 2) / (Σ sᵖ)^½
     dr/du = r / n · u · (1 - p s^(p - 1) / Σ sᵖ)
+
+in which nothing overflows. The forward pass leaves n^-½ beside r: with both the gradient takes no sums, since
+(Σ sᵖ)^-½ is r n^((p - 1) / 2).
 
 Where there is a denominator, the queries' ratio cancels but for ε, and its gradient is zero in half precision, mostly.
 Where a token has but one head, the loops over its rows compute the ratios and add the keys' gradient by them, mostly
@@ -24,6 +27,9 @@ from flash_bla.ops.triton_support import (
     NOT_SPECIALIZED,
     Record,
     cdiv,
+    fast_inverse,
+    fast_positive,
+    fast_to_float,
     jit,
     multiprocessors,
     padded,
@@ -55,16 +61,14 @@ def _offsets(strides, W: tl.constexpr):
 
 
 @jit
-def _load_scale(scale_ptr, W: tl.constexpr):
-    """1 / scale of each part's columns, and the least u; both are zero where there is no channel, and so is u."""
+def _load_inverses(scale_ptr, W: tl.constexpr):
+    """1 / scale of each part's columns; it is zero where there is no channel, and so is u."""
     PARTS: tl.constexpr = W.PARTS
-    inverses, least = (), ()
+    inverses = ()
     for part in tl.static_range(PARTS):
         c = part * W.BLOCK_C + tl.arange(0, W.BLOCK_C)
-        inverse = 1.0 / tl.load(scale_ptr + c, mask=c < W.C, other=float("inf"))
-        inverses = inverses + (inverse[None, :],)
-        least = least + ((inverse * 1e-6)[None, :],)
-    return inverses, least
+        inverses = inverses + ((1.0 / tl.load(scale_ptr + c, mask=c < W.C, other=float("inf")))[None, :],)
+    return inverses
 
 
 @jit
@@ -76,24 +80,13 @@ def _mask(inside, part: tl.constexpr, W: tl.constexpr):
 
 
 @jit
-def _load_u(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, W: tl.constexpr):
-    """The parts of u, n^-½, and Σ sᵖ, of x + e if there is an encoding."""
-    PARTS: tl.constexpr = W.PARTS
-    u = ()
-    squares = _zeros(W.BLOCK_N, W.BLOCK_C)
-    for part in tl.static_range(PARTS):
-        x = tl.load(x_ptr + offsets[part], mask=_mask(inside, part, W), other=0.0).to(tl.float32)
-        if e_ptr is not None:
-            x += tl.load(e_ptr + e_offsets[part], mask=_mask(inside, part, W), other=0.0).to(tl.float32)
-        y = tl.maximum(x, 0.0) * inverses[part] + least[part]
-        squares += y * y
-        u = u + (y,)
-    inverse_norm = tl.rsqrt(tl.sum(squares, 1))
-    inverse_n = inverse_norm * inverse_norm
-    powers = _zeros(W.BLOCK_N, W.BLOCK_C)
-    for part in tl.static_range(PARTS):
-        powers += integer_power(u[part] * u[part] * inverse_n[:, None], W.P)
-    return u, inverse_norm, tl.sum(powers, 1)
+def _load_positive(x_ptr, offsets, e_ptr, e_offsets, inside, part: tl.constexpr, W: tl.constexpr):
+    """A part of max(x, 0), of x + e if there is an encoding."""
+    mask = _mask(inside, part, W)
+    x = tl.load(x_ptr + offsets[part], mask=mask, other=0.0)
+    if e_ptr is not None:
+        x = x.to(tl.float32) + tl.load(e_ptr + e_offsets[part], mask=mask, other=0.0).to(tl.float32)
+    return fast_positive(x)
 
 
 @jit
@@ -102,10 +95,24 @@ def _start(pointer, strides, row):
 
 
 @jit
-def _write_ratios(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, ratio_ptr, written, W: tl.constexpr):
-    _, inverse_norm, powers = _load_u(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, least, W)
-    ratio = integer_power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
-    tl.store(ratio_ptr + tl.arange(0, W.BLOCK_N), ratio, mask=written)
+def _write_ratios(x_ptr, offsets, e_ptr, e_offsets, inside, inverses, ratio_ptr, norms, written, W: tl.constexpr):
+    """Writes the ratio of each row and, ``norms`` later, the inverse norm."""
+    PARTS: tl.constexpr = W.PARTS
+    u = ()
+    squares, powers = _zeros(W.BLOCK_N, W.BLOCK_C), _zeros(W.BLOCK_N, W.BLOCK_C)
+    for part in tl.static_range(PARTS):
+        # (x + 1e-6) / scale, by one operation for each number
+        y = _load_positive(x_ptr, offsets, e_ptr, e_offsets, inside, part, W) * inverses[part] + inverses[part] * 1e-6
+        squares += y * y
+        u = u + (y,)
+    inverse_norm = tl.rsqrt(tl.sum(squares, 1))
+    inverse_n = inverse_norm * inverse_norm
+    for part in tl.static_range(PARTS):
+        powers += integer_power(u[part] * u[part] * inverse_n[:, None], W.P)
+    ratio = integer_power(inverse_norm, W.P - 1) * tl.rsqrt(tl.sum(powers, 1))
+    rows = tl.arange(0, W.BLOCK_N)
+    tl.store(ratio_ptr + rows, ratio, mask=written)
+    tl.store(ratio_ptr + norms + rows, inverse_norm, mask=written)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -113,13 +120,15 @@ def norm_ratio_kernel(
     q_ptr, q_strides, k_ptr, k_strides, e_ptr, e_strides, scale_ptr, ratio_ptr, query_length, key_length,
     W: tl.constexpr,
 ):  # fmt: skip
-    """The ratios of queries, if any, and keys, each padded: programs share the rows (axis 1) of a sequence (axis 0).
+    """The ratios and inverse norms of queries, if any, and keys, each padded.
 
-    An encoding, if any, is added to the keys; its stride from one sequence to the next is zero.
+    Programs share the rows (axis 1) of a sequence (axis 0). An encoding, if any, is added to the keys; its stride from
+    one sequence to the next is zero.
     """
     wait_for_inputs()
-    inverses, least = _load_scale(scale_ptr, W)
+    inverses = _load_inverses(scale_ptr, W)
     padded_queries, padded_keys = tl.cdiv(query_length, 16) * 16, tl.cdiv(key_length, 16) * 16
+    norms = padded_queries + padded_keys
     rows = padded_keys if q_ptr is None else tl.maximum(padded_queries, padded_keys)
     begin, end = share(rows, tl.program_id(1), tl.num_programs(1), W.BLOCK_N)
     if q_ptr is not None:
@@ -128,18 +137,18 @@ def norm_ratio_kernel(
     e_offsets = k_offsets
     if e_ptr is not None:
         e_ptr, e_offsets = _start(e_ptr, e_strides, begin), _offsets(e_strides, W)
-    ratio_ptr += tl.program_id(0).to(tl.int64) * (padded_queries + padded_keys)
+    ratio_ptr += tl.program_id(0).to(tl.int64) * (2 * norms)
     step = tl.full((), W.BLOCK_N, tl.int64)
     for start in tl.range(begin, end, W.BLOCK_N, num_stages=3):
         n = start + tl.arange(0, W.BLOCK_N)
         ratios = ratio_ptr + start
         if q_ptr is not None:
             _write_ratios(
-                q_ptr, q_offsets, None, q_offsets, n < query_length, inverses, least, ratios, n < padded_queries, W
+                q_ptr, q_offsets, None, q_offsets, n < query_length, inverses, ratios, norms, n < padded_queries, W
             )
             q_ptr += step * q_strides[2]
         ratios += padded_queries
-        _write_ratios(k_ptr, k_offsets, e_ptr, e_offsets, n < key_length, inverses, least, ratios, n < padded_keys, W)
+        _write_ratios(k_ptr, k_offsets, e_ptr, e_offsets, n < key_length, inverses, ratios, norms, n < padded_keys, W)
         if e_ptr is not None:
             e_ptr += step * e_strides[2]
         k_ptr += step * k_strides[2]
@@ -152,45 +161,46 @@ def _sum_rows(x, W: tl.constexpr):
 
 
 @jit
-def _gradient_rows(dr_ptr, length, HEADS: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Where the rows of all heads start, (heads, 1), and which heads there are."""
-    h, stride = tl.arange(0, BLOCK_H)[:, None], tl.cdiv(length, 16) * 16
-    return dr_ptr + tl.program_id(0).to(tl.int64) * HEADS * stride + h * stride, h < HEADS
+def _gradient_rows(dr_ptr, length, HEADS: tl.constexpr):
+    """Where the rows of a sequence's gradients start, and how far one head's are from the next's."""
+    stride = tl.cdiv(length, 16) * 16
+    return dr_ptr + tl.program_id(0).to(tl.int64) * HEADS * stride, stride
 
 
 @jit
-def _largest(dr_ptr, exists, first, end, BLOCK: tl.constexpr):
+def _largest(dr_ptr, stride, first, end, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK: tl.constexpr):
     """The largest gradient of a block of rows."""
-    n = first + tl.arange(0, BLOCK)[None, :]
-    dr = tl.load(dr_ptr + n, mask=exists & (n < end), other=0.0)
+    h, n = tl.arange(0, BLOCK_H)[:, None], first + tl.arange(0, BLOCK)[None, :]
+    dr = tl.load(dr_ptr + h * stride + n, mask=(h < HEADS) & (n < end), other=0.0)
     return tl.max(tl.max(tl.abs(dr), 1), 0)
 
 
 @jit
 def _any_gradient(dr_ptr, length, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr):
     begin, end = share(length, tl.program_id(1), tl.num_programs(1), W.BLOCK_N)
-    dr_ptr, exists = _gradient_rows(dr_ptr, length, HEADS, BLOCK_H)
+    dr_ptr, stride = _gradient_rows(dr_ptr, length, HEADS)
     largest = 0.0
     for first in range(begin, end, 128):
-        largest = tl.maximum(largest, _largest(dr_ptr, exists, first, end, 128))
+        largest = tl.maximum(largest, _largest(dr_ptr, stride, first, end, HEADS, BLOCK_H, 128))
     return largest > 0.0
 
 
 @jit
 def _add_gradients(
-    x_ptr, x_strides, e_ptr, e_strides, dx_ptr, dx_strides, dr_ptr, scale_ptr, dscale_ptr, length,
+    x_ptr, x_strides, e_ptr, e_strides, dx_ptr, dx_strides, dr_ptr, ratio_ptr, norms, scale_ptr, dscale_ptr, length,
     LOG: tl.constexpr, HEADS: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Adds to dx what comes by the ratios, and sums for the scale's gradient; dr (B, H, N) is summed over the heads.
 
-    The ratios are those of x + e, if there is an encoding, and the rows of dr are padded. With ``LOG``, the gradient of
-    the ratios' logarithms, most rows have none, and blocks of such rows are left out.
+    The ratios are those of x + e, if there is an encoding; the inverse norms stand ``norms`` later. The rows of dr are
+    padded. With ``LOG``, the gradient of the ratios' logarithms, most rows have none, and blocks of such rows are left
+    out.
     """
     PARTS: tl.constexpr = W.PARTS
-    inverses, least = _load_scale(scale_ptr, W)
+    inverses = _load_inverses(scale_ptr, W)
     begin, end = share(length, tl.program_id(1), tl.num_programs(1), W.BLOCK_N)
     rows = tl.arange(0, W.BLOCK_N)
-    dr_ptr, exists = _gradient_rows(dr_ptr, length, HEADS, BLOCK_H)
+    dr_ptr, stride = _gradient_rows(dr_ptr, length, HEADS)
     x_ptr, offsets = _start(x_ptr, x_strides, 0), _offsets(x_strides, W)
     e_offsets = _offsets(e_strides, W)
     dx_ptr, dx_offsets = _start(dx_ptr, dx_strides, 0), _offsets(dx_strides, W)
@@ -201,32 +211,40 @@ def _add_gradients(
     for first in range(begin, end, BLOCK):
         last = end
         if LOG:
-            last = tl.where(_largest(dr_ptr, exists, first, end, BLOCK) > 0.0, tl.minimum(first + BLOCK, end), first)
+            largest = _largest(dr_ptr, stride, first, end, HEADS, BLOCK_H, BLOCK)
+            last = tl.where(largest > 0.0, tl.minimum(first + BLOCK, end), first)
         for start in tl.range(first, last, W.BLOCK_N, num_stages=1 if LOG else 3):
-            inside = start + rows < end
-            dr = tl.load(dr_ptr + (start + rows)[None, :], mask=exists & inside[None, :], other=0.0)
-            dr = tl.sum(dr, 0)
+            n = start + rows
+            inside = n < end
+            g = tl.load(dr_ptr + n, mask=inside, other=0.0)
+            for head in tl.static_range(1, HEADS):
+                g += tl.load(dr_ptr + head * stride + n, mask=inside, other=0.0)
+            ratio = tl.load(ratio_ptr + n, mask=inside, other=1.0)
+            inverse_norm = tl.load(ratio_ptr + norms + n, mask=inside, other=1.0)
+            root, norm = ratio, fast_inverse(inverse_norm)  # (Σ sᵖ)^-½, of which a power of n^½ alone may overflow
+            for _ in tl.static_range(W.P - 1):
+                root *= norm
+            g *= inverse_norm
+            if not LOG:
+                g *= ratio
+            weight = (g * W.P * root * root)[:, None]
+            g, inverse_norm = g[:, None], inverse_norm[:, None]
             at = tl.cast(start, tl.int64)
             x_rows, e_rows = x_ptr + at * x_strides[2], None
             if e_ptr is not None:
                 e_rows = e_ptr + at * e_strides[2]
-            u, inverse_norm, powers = _load_u(x_rows, offsets, e_rows, e_offsets, inside, inverses, least, W)
-            inverse_n = inverse_norm * inverse_norm
-            if not LOG:
-                dr *= integer_power(inverse_norm, W.P - 1) * tl.rsqrt(powers)
-            g = dr * inverse_n
-            weight = (g * (W.P / powers))[:, None]
-            g = g[:, None]
             sums = ()
             for part in tl.static_range(PARTS):
-                y = u[part]
-                du = (g - weight * integer_power(y * y * inverse_n[:, None], W.P - 1)) * y
+                x = _load_positive(x_rows, offsets, e_rows, e_offsets, inside, part, W)
+                u = (x + 1e-6) * inverses[part]
+                t = u * inverse_norm
+                du = (g - weight * integer_power(t * t, W.P - 1)) * t
                 mask = _mask(inside, part, W)
                 pointers = dx_ptr + at * dx_strides[2] + dx_offsets[part]
-                gradient = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                gradient += tl.where(y > least[part], du * inverses[part], 0.0)
+                gradient = fast_to_float(tl.load(pointers, mask=mask, other=0.0))
+                gradient += tl.where(x > 0.0, du, 0.0) * inverses[part]
                 tl.store(pointers, gradient.to(dx_ptr.dtype.element_ty), mask=mask)
-                sums = sums + (dscale[part] - _sum_rows(du * y, W),)
+                sums = sums + (dscale[part] - _sum_rows(du * u, W),)
             dscale = sums
     terms = ()
     for part in tl.static_range(PARTS):
@@ -257,25 +275,28 @@ def _store_parts(pointer, x, W: tl.constexpr):
 @jit(do_not_specialize=NOT_SPECIALIZED)
 def norm_ratio_gradient_kernel(
     q_ptr, q_strides, dq_ptr, dq_strides, d_log_ratio_ptr, k_ptr, k_strides, e_ptr, e_strides, dk_ptr, dk_strides,
-    d_ratio_ptr, scale_ptr, dscale_ptr, query_length, key_length,
+    d_ratio_ptr, ratio_ptr, scale_ptr, dscale_ptr, query_length, key_length,
     HEADS: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Programs share the rows (axis 1) of a sequence (axis 0): of its queries (axis 2: 0), and of its keys (1)."""
     wait_for_inputs()
     program = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     dscale_ptr += (program * tl.num_programs(1) + tl.program_id(1)) * W.C
+    padded_queries = tl.cdiv(query_length, 16) * 16
+    norms = padded_queries + tl.cdiv(key_length, 16) * 16
+    ratio_ptr += tl.program_id(0).to(tl.int64) * (2 * norms)
     if tl.program_id(2) == 0:
         if _any_gradient(d_log_ratio_ptr, query_length, HEADS, BLOCK_H, W):
             _add_gradients(
-                q_ptr, q_strides, None, q_strides, dq_ptr, dq_strides, d_log_ratio_ptr, scale_ptr, dscale_ptr,
-                query_length, True, HEADS, BLOCK_H, W,
+                q_ptr, q_strides, None, q_strides, dq_ptr, dq_strides, d_log_ratio_ptr, ratio_ptr, norms, scale_ptr,
+                dscale_ptr, query_length, True, HEADS, BLOCK_H, W,
             )  # fmt: skip
         else:
             _store_parts(dscale_ptr, _zeros(W.BLOCK_C, W.ALL_PARTS), W)
     elif dk_ptr is not None:
         _add_gradients(
-            k_ptr, k_strides, e_ptr, e_strides, dk_ptr, dk_strides, d_ratio_ptr, scale_ptr, dscale_ptr, key_length,
-            False, HEADS, BLOCK_H, W,
+            k_ptr, k_strides, e_ptr, e_strides, dk_ptr, dk_strides, d_ratio_ptr, ratio_ptr + padded_queries, norms,
+            scale_ptr, dscale_ptr, key_length, False, HEADS, BLOCK_H, W,
         )  # fmt: skip
 
 
@@ -320,7 +341,7 @@ def _width(x: Tensor, packed: bool, exponent: int, gradient: bool = False) -> _W
     if block_c < 32 or C > 5 * block_c:
         block_c = max(32, power_of_two(cdiv(C, 4)))
     parts = cdiv(C, block_c)
-    elements = 2048 if gradient and parts > 2 else 4096
+    elements = 2048 if gradient and block_c > 64 else 4096
     block_n = power_of_two(max(1, min(128, elements // (parts * block_c))) + 1) // 2
     rows = min(block_n, max(1, 128 * 16 // x.element_size() // block_c))
     return _Width(C, C if packed else x.shape[3], parts, power_of_two(parts), block_c, block_n, rows, exponent)
@@ -342,14 +363,14 @@ def encoding_strides(encoding: Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if encoding is None else (0, *encoding.stride())
 
 
-def ratios_shape(q: Tensor, k: Tensor) -> tuple[int, int]:
-    """That of the norm ratios: the queries' and the keys', each padded."""
-    return q.shape[0], padded(q.shape[2]) + padded(k.shape[2])
+def ratios_shape(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+    """That of norm ratios and, half a sequence's stride later, inverse norms: queries' and keys', each padded."""
+    return q.shape[0], 2, padded(q.shape[2]) + padded(k.shape[2])
 
 
 def split_ratios(ratios: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The queries' ``(B, 1, N)`` and the keys' ``(B, 1, M)``."""
-    return ratios[:, None, : q.shape[2]], ratios[:, None, padded(q.shape[2]) :][:, :, : k.shape[2]]
+    """The queries' ratios ``(B, 1, N)`` and the keys' ``(B, 1, M)``."""
+    return ratios[:, :1, : q.shape[2]], ratios[:, :1, padded(q.shape[2]) :][:, :, : k.shape[2]]
 
 
 def multiply(record: Record, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -368,7 +389,7 @@ def write_norm_ratios(
     record: Record, ratios: Tensor, q: Tensor, k: Tensor, encoding: Tensor | None, scale: Tensor, exponent: int,
     queries: bool = True,
 ) -> None:  # fmt: skip
-    """‖u‖ / ‖uᵖ‖ with u = (max(x, 0) + 1e-6) / scale, over all heads and channels of a token.
+    """‖u‖ / ‖uᵖ‖ and 1 / ‖u‖ with u = (max(x, 0) + 1e-6) / scale, over all heads and channels of a token.
 
     Args:
         record: Of the launch.
@@ -386,9 +407,9 @@ def write_norm_ratios(
         e_strides=encoding_strides(encoding), scale_ptr=record.contiguous(scale), ratio_ptr=ratios,
         query_length=q.shape[2], key_length=k.shape[2], W=W,
     )  # fmt: skip
-    rows, resident = (max(q.shape[2], k.shape[2]), 6) if queries else (k.shape[2], 8)
-    grid = _programs(q, rows, W, resident, record.device)
-    record.launch(norm_ratio_kernel, grid, arguments)
+    rows = max(q.shape[2], k.shape[2]) if queries else k.shape[2]
+    grid = _programs(q, rows, W, 4, record.device)
+    record.launch(norm_ratio_kernel, grid, arguments, maxnreg=128)
 
 
 def ratio_gradient_programs(q: Tensor, k: Tensor, keys: bool, device: torch.device) -> int:
@@ -404,7 +425,7 @@ def _gradient_grid(q: Tensor, k: Tensor, keys: bool, device: torch.device) -> tu
 
 def add_ratio_gradients(
     record: Record, dq: Tensor, dk: Tensor | None, dscale: Tensor, d_log_ratio: Tensor, d_ratio: Tensor | None,
-    q: Tensor, k: Tensor, encoding: Tensor | None, scale: Tensor, exponent: int,
+    ratios: Tensor, q: Tensor, k: Tensor, encoding: Tensor | None, scale: Tensor, exponent: int,
 ) -> tuple[()]:  # fmt: skip
     """Adds to the gradients of queries and keys what comes by their ratios.
 
@@ -415,6 +436,7 @@ def add_ratio_gradients(
         dscale: Float32 ``(rows, H, D)``: terms of the scale's gradient, the last of which are to be written.
         d_log_ratio: Gradient of the logarithms of the queries' ratios by head ``(B, H, N)``, in padded rows.
         d_ratio: Gradient of the keys' ratios ``(B, H, M)``, likewise, or None.
+        ratios: What the forward pass has left, see ``ratios_shape``.
         q: ``(B, H, N, D)``.
         k: ``(B, H, M, D)``.
         encoding: ``(H, M, D)`` or None.
@@ -425,8 +447,9 @@ def add_ratio_gradients(
     arguments = dict(
         q_ptr=q, q_strides=q.stride(), dq_ptr=dq, dq_strides=dq.stride(), d_log_ratio_ptr=d_log_ratio, k_ptr=k,
         k_strides=k.stride(), e_ptr=encoding, e_strides=encoding_strides(encoding), dk_ptr=dk,
-        dk_strides=(0, 0, 0, 0) if dk is None else dk.stride(), d_ratio_ptr=d_ratio, scale_ptr=record.contiguous(scale),
-        dscale_ptr=dscale[dscale.shape[0] - prod(grid) :], query_length=q.shape[2], key_length=k.shape[2],
+        dk_strides=(0, 0, 0, 0) if dk is None else dk.stride(), d_ratio_ptr=d_ratio, ratio_ptr=ratios,
+        scale_ptr=record.contiguous(scale), dscale_ptr=dscale[dscale.shape[0] - prod(grid) :],
+        query_length=q.shape[2], key_length=k.shape[2],
         HEADS=q.shape[1], BLOCK_H=power_of_two(q.shape[1]),
         W=_width(q, _are_packed(q, k, encoding, dq, dk), exponent, gradient=True),
     )  # fmt: skip

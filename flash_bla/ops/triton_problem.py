@@ -125,7 +125,7 @@ class Problem(NamedTuple):
         return None if self.sums_keys_again else self.empty_state(1)[0]
 
     def empty_ratios(self) -> Tensor | None:
-        """The norm ratios of queries and keys, beside each other."""
+        """The norm ratios and inverse norms of queries and keys, beside each other."""
         if self.feature_map != "focusing_power":
             return None
         return self.new_empty(*ratios_shape(self.q, self.k))

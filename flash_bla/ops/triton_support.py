@@ -133,6 +133,23 @@ def _to_float_nvidia(x):
 
 
 @jit
+def positive(x):
+    """max(x, 0) in float32"""
+    return tl.maximum(x.to(tl.float32), 0.0)
+
+
+@jit
+def _positive_nvidia(x):
+    if x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{.reg .b32 x; mov.b32 x, 0; max.bf16x2 x, x, $2; shl.b32 $0, x, 16; and.b32 $1, x, 0xffff0000;}",
+            "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return tl.maximum(x.to(tl.float32), 0.0)
+
+
+@jit
 def _in_layout_of(x, y):
     """x in the registers where y is."""
     return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
@@ -145,6 +162,7 @@ if NVIDIA:
     fast_exp_to_one = _exp_to_one_nvidia
     fast_inverse = _inverse_nvidia
     fast_log2 = tl.extra.cuda.libdevice.fast_log2f
+    fast_positive = _positive_nvidia
     fast_rounded_parts = _rounded_parts_nvidia
     computed_here = _computed_here
     anchored = _anchored
@@ -154,6 +172,7 @@ else:
     fast_exp_to_one = exp_to_one
     fast_inverse = inverse
     fast_log2 = log2
+    fast_positive = positive
     fast_rounded_parts = rounded_parts
     computed_here = same
     anchored = same

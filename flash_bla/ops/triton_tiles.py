@@ -35,7 +35,7 @@ class Config(NamedTuple):
     FEW: bool  # keys: z of ``sum_keys`` sums rounded features
     WIDE: bool  # tiles that span 2³¹ elements and more
     ALIGN: int  # divides all strides but the columns'
-    RATIOS: bool  # the loops compute the norm ratios and leave them as weights, and add the keys' gradient by them
+    RATIOS: bool  # the loops leave norm ratios, as weights, and the queries' inverse norms; the keys' add the gradient
     PLAIN: bool  # the loops of triton_plain.py do all that is asked for
     ORDERED: bool  # tiles have their columns in the order of triton_order.py
     STAGES: int = 1  # of the loads' pipeline

@@ -22,6 +22,7 @@ from flash_bla.ops import triton_focusing as focusing
 from flash_bla.ops import triton_layer_norm as layer_norm
 from flash_bla.ops import triton_linear_attention as module
 from flash_bla.ops import triton_loops as loops
+from flash_bla.ops import triton_norm_ratios as norm_ratios
 from flash_bla.ops import triton_piecewise_sparse as sparse
 from flash_bla.ops import triton_plain as plain
 from flash_bla.ops import triton_polarity as polarity
@@ -79,7 +80,7 @@ def linear(variant, dtype, D, N):
     q, k, v = x(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     v = v[..., : widest_values(q, 2 if variant["feature_map"] == "signed_power" else 1)]
     tensors = q, k, v, decoupled, decoupled, parameter, weight, encoding, rope, cu_seqlens
-    ratios = x(B, 2 * N) if variant["feature_map"] == "focusing_power" else None
+    ratios = x(B, 2, 2 * N) if variant["feature_map"] == "focusing_power" else None
     do, state = x(B, N, H, v.shape[3], dtype=dtype).transpose(1, 2), x(B, H, 2, v.shape[3] + 3, D)
     yield Record(module.record_forward, tensors, (options, True))
     yield Record(module.record_backward, (do, state, ratios, *tensors), (options, True))
@@ -222,10 +223,10 @@ def main(targets):
             maps["elu1"] = tuple(elu1)
         problem.is_hopper = lambda device, hopper=name == "sm_90": hopper
         problem.has_products_in_registers = lambda device, has=name in ("sm_80", "sm_90"): has
-        for kernels in (signed, single):
-            kernels.fast_rounded_parts = support.rounded_parts if hip else support.fast_rounded_parts
-        for kernels in (focusing, loops, plain, signed, single):
-            kernels.fast_inverse = support.inverse if hip else support.fast_inverse
+        for kernels in (focusing, loops, norm_ratios, plain, signed, single):
+            for fast in ("inverse", "positive", "rounded_parts", "to_float"):
+                if hasattr(kernels, f"fast_{fast}"):
+                    setattr(kernels, f"fast_{fast}", getattr(support, fast if hip else f"fast_{fast}"))
         signed.computed_here = support.same if hip else support.computed_here
         most, count = (0, ""), 0
         for label, dtype, run in runs:

@@ -32,11 +32,13 @@ def test_signed_power_of_signs_far_apart(name, dtype, M):
 @pytest.mark.parametrize("exponent, scale", [(3, 1.0), (3, 10.0), (5, 1.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("H, D", [(2, 16), (2, 24), (1, 24)])
-def test_focusing_power_of_tokens_without_a_positive_channel(exponent, scale, dtype, H, D):
+@pytest.mark.parametrize("value, names", [(0.0, "qk"), (4e6, "q"), (4e6, "k")])
+def test_focusing_power_at_the_limits_of_float32(value, names, exponent, scale, dtype, H, D):
+    """Tokens without a positive channel, and tokens whose squared powers overflow."""
     leaves, _, do = make_inputs((1, H, 80, 80, D, D), VARIANTS["focusing_power"], dtype)
     leaves["parameter"].fill_(scale)
-    for name in "qk":
-        leaves[name][:, :, 3] = 0.0
+    for name in names:
+        leaves[name][:, :, 3] = value
     q, k, v, parameter = (x.to(DEVICE).requires_grad_() for x in leaves.values())
     results = []
     for backend, kind in (("triton", None), ("reference", torch.float64)):
@@ -45,6 +47,8 @@ def test_focusing_power_of_tokens_without_a_positive_channel(exponent, scale, dt
         o = linear_attention(*inputs, feature_map=phi, backend=backend)
         gradients = torch.autograd.grad(o, (q, k, v, parameter), do.to(o))
         assert all(x.isfinite().all() for x in gradients)
+        if value == 0.0:  # where max(x, 0) has no slope
+            assert not any(x[:, :, 3].any() for x in gradients[:2])
         results.append({"o": o.detach(), "token": o[:, :, 3].detach(), "dv": gradients[2]})
     assert_close(*results, TOLERANCE[dtype])
 
@@ -178,7 +182,7 @@ def test_more_sequences_than_a_grid_has_places_on_its_second_axis():
     arguments = (q, q, q, None, None, torch.ones(1, 8, device="meta"), *[None] * 4)
     options = (4, "focusing_power", 3, True, None, 1e-6, False)
     launches = Record(lambda record, *inputs: record_forward(record, *inputs, options, True), arguments).launches
-    ratios = torch.empty(70000, 32, device="meta")  # of queries and keys, each padded to 16
+    ratios = torch.empty(70000, 2, 32, device="meta")  # of queries and keys, each padded to 16
     gradients = Record(
         lambda record, *inputs: record_backward(record, *inputs, options, True), (q, None, ratios, *arguments)
     )
