@@ -17,7 +17,7 @@ from flash_bla.ops.triton_order import (
     store_rows,
 )
 from flash_bla.ops.triton_plain import _by_thread, _to_value_columns, vector_by_thread
-from flash_bla.ops.triton_support import fast_inverse, jit, tl
+from flash_bla.ops.triton_support import fast_inverse, fast_to_float, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_rows,
     _both_by_head,
@@ -81,9 +81,9 @@ def sum_keys(
         inside = tl.arange(0, C.BLOCK_N) < end - start
         mask, v_mask = inside[:, None] & exists[None, :], inside[:, None] & exists_v[None, :]
         # φ is zero where PAD stands; so is a weight of the softmax
-        k = tl.load(k_ptr + k_tile, mask=mask, other=0.0 if C.SOFTMAX else PAD).to(tl.float32)
+        k = fast_to_float(tl.load(k_ptr + k_tile, mask=mask, other=0.0 if C.SOFTMAX else PAD))
         if e_ptr is not None:
-            k += tl.load(e_ptr + e_tile, mask=mask, other=0.0).to(tl.float32)
+            k += fast_to_float(tl.load(e_ptr + e_tile, mask=mask, other=0.0))
             e_ptr = _next(e_ptr, e_strides, C)
         v = tl.load(v_ptr + v_tile, mask=v_mask, other=0.0).to(OPERAND)
         inside = start + tl.arange(0, C.BLOCK_N) < end  # said otherwise than for the loads: see ``write_plain_output``

@@ -32,7 +32,7 @@ from flash_bla.ops.triton_order import (
     store_rows,
 )
 from flash_bla.ops.triton_plain import _to_value_columns
-from flash_bla.ops.triton_support import computed_here, fast_inverse, fast_rounded_parts, jit, tl
+from flash_bla.ops.triton_support import computed_here, fast_inverse, fast_rounded_parts, fast_to_float, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_products,
     _both_by_head,
@@ -309,7 +309,7 @@ def sum_signed_keys(
     for start in range(begin, end, C.BLOCK_N):
         inside = start + tl.arange(0, C.BLOCK_N) < end
         mask = inside[None, :] & exists[:, None]
-        k = tl.load(k_ptr + tl.trans(k_tile), mask=mask, other=0.0).to(tl.float32)
+        k = fast_to_float(tl.load(k_ptr + tl.trans(k_tile), mask=mask, other=0.0))
         if e_ptr is not None:
             k += tl.load(e_ptr + tl.trans(e_tile), mask=mask, other=0.0).to(tl.float32)
             e_ptr = _next(e_ptr, e_strides, C)
