@@ -54,14 +54,16 @@ from flash_bla.ops.triton_plain import (
     add_to_sums,
     differentiate_plain_keys,
     differentiate_plain_queries,
+    load_centered_state,
     load_plain_state,
     plain_gradient_operands,
+    store_centered_state,
     store_plain_state,
     sum_operand,
     sum_plain_keys,
     write_plain_output,
 )
-from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, share, tl, wait_for_inputs
+from flash_bla.ops.triton_support import NOT_SPECIALIZED, jit, prefetch_rows, share, tl, wait_for_inputs
 from flash_bla.ops.triton_tiles import (
     _by_head,
     _center,
@@ -277,7 +279,11 @@ def forward_kernel(
             count, count, scale, PHI, PHI_ROUNDED, OPERAND, PRECISION, C,
         )  # fmt: skip
         if state_ptr is not None:
-            store_plain_state(state_ptr, sequence * heads + head, head, heads, plus, z_plus, C)
+            at = sequence * heads + head
+            if state_ptr.dtype.element_ty == tl.float32:
+                store_plain_state(state_ptr, at, head, heads, plus, z_plus, C)
+            else:
+                store_centered_state(state_ptr, at, head, heads, plus, z_plus, C)
         sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
         write_plain_output(
             q_ptr, q_strides, o_ptr, o_strides, plus, z_plus, batch, head, heads, first, 0, count, eps,
@@ -312,8 +318,11 @@ def query_gradient_kernel(
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
-    plus, z_plus = _load_state(state_ptr, at, head, heads, C)
-    plus, mean = _center(plus, z_plus, C)
+    if state_ptr.dtype.element_ty == tl.float32:
+        plus, z_plus = _load_state(state_ptr, at, head, heads, C)
+        plus, mean = _center(plus, z_plus, C)
+    else:
+        plus, z_plus, mean = load_centered_state(state_ptr, at, head, heads, OPERAND, C)
     d_mean = 0.0
     if C.SOFTMAX and GRADIENT:
         d_mean = _sum_query_splits(d_mean_ptr, at, splits, head, heads, C)[None, :]
@@ -330,14 +339,14 @@ def query_gradient_kernel(
         if SUMS:
             at = _split_at(sequence, heads, C) + head
             _store_state(d_state_ptr, at, head, heads, d_plus, _sum_eighths(dz_plus), C)
-        return
-    d_plus, dz_plus = differentiate_queries(
-        q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-        rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, z_plus,
-        mean, d_mean, batch, head, heads, first, begin, end, eps, PHI, PHI_DX, OPERAND, PRECISION, C, SUMS, GRADIENT,
-    )  # fmt: skip
-    if SUMS:
-        _store_state(d_state_ptr, _split_at(sequence, heads, C) + head, head, heads, d_plus, dz_plus, C)
+    else:
+        d_plus, dz_plus = differentiate_queries(
+            q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
+            rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, z_plus, mean, d_mean,
+            batch, head, heads, first, begin, end, eps, PHI, PHI_DX, OPERAND, PRECISION, C, SUMS, GRADIENT,
+        )  # fmt: skip
+        if SUMS:
+            _store_state(d_state_ptr, _split_at(sequence, heads, C) + head, head, heads, d_plus, dz_plus, C)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -397,15 +406,20 @@ def backward_kernel(
     """The whole backward pass of a sequence."""
     wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    if state_ptr is None:
-        plus, z_plus, _ = _sum_keys(
-            k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
-            rope_ptr, rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale,
-            PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
-        )  # fmt: skip
+    at = sequence * heads + head
+    CENTERED: tl.constexpr = False if state_ptr is None else state_ptr.dtype.element_ty != tl.float32
+    if CENTERED:
+        plus, z_plus, mean = load_centered_state(state_ptr, at, head, heads, OPERAND, C)
     else:
-        plus, z_plus = _load_state(state_ptr, sequence * heads + head, head, heads, C)
-    plus, mean = _center(plus, z_plus, C)
+        if state_ptr is None:
+            plus, z_plus, _ = _sum_keys(
+                k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
+                rope_ptr, rope_strides, 0.0, batch, head, heads, first, 0, count, count, scale,
+                PHI, PHI_ROUNDED, PAD, OPERAND, PRECISION, C,
+            )  # fmt: skip
+        else:
+            plus, z_plus = _load_state(state_ptr, at, head, heads, C)
+        plus, mean = _center(plus, z_plus, C)
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     if C.PLAIN:
         d_plus, dz_plus = differentiate_plain_queries(
@@ -413,24 +427,27 @@ def backward_kernel(
             count, eps, PHI, PHI_DX, OPERAND, PRECISION, C, True,
         )  # fmt: skip
         sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+        if CENTERED and C.ORDERED:  # keys and values come while dz is summed up
+            prefetch_rows(k_ptr, k_strides, batch, head, first, count, C.D)
+            prefetch_rows(v_ptr, v_strides, batch, head, first, count, C.DV)
         d_plus, dz_plus = plain_gradient_operands(d_plus, dz_plus, mean, count, OPERAND, C)
         differentiate_plain_keys(
             k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, dk_ptr, dk_strides, dv_ptr, dv_strides, d_plus,
             dz_plus, scale, batch, head, heads, first, 0, count, PHI, PHI_DX, OPERAND, PRECISION, C,
         )  # fmt: skip
-        return
-    d_plus, dz_plus = differentiate_queries(
-        q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
-        rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, z_plus,
-        mean, 0.0, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, OPERAND, PRECISION, C, True, True,
-    )  # fmt: skip
-    sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
-    differentiate_keys(
-        k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, rope_ptr,
-        rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
-        d_plus, dz_plus, mean, 0.0, 0.0, 0.0, batch, head, heads, first, 0, count, count, scale,
-        PHI, PHI_DX, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    if C.PARAMETER:
-        da = _scale_gradient(a_ptr, plus, z_plus, d_plus, dz_plus, head, heads, C)
-        _store_parameter_gradient(da_ptr, sequence * heads + head, head, heads, da, C)
+    else:
+        d_plus, dz_plus = differentiate_queries(
+            q_ptr, q_strides, qd_ptr, qd_strides, do_ptr, do_strides, a_ptr, wq_ptr, wq_strides, rope_ptr,
+            rope_strides, dq_ptr, dq_strides, dqd_ptr, dqd_strides, dwq_ptr, dwq_strides, plus, z_plus,
+            mean, 0.0, batch, head, heads, first, 0, count, eps, PHI, PHI_DX, OPERAND, PRECISION, C, True, True,
+        )  # fmt: skip
+        sequence, batch, head, first, count = _place(heads, cu_seqlens, key_length, C)
+        differentiate_keys(
+            k_ptr, k_strides, e_ptr, e_strides, kd_ptr, kd_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides,
+            rope_ptr, rope_strides, dk_ptr, dk_strides, dkd_ptr, dkd_strides, dv_ptr, dv_strides, dwk_ptr, dwk_strides,
+            d_plus, dz_plus, mean, 0.0, 0.0, 0.0, batch, head, heads, first, 0, count, count, scale,
+            PHI, PHI_DX, OPERAND, PRECISION, C,
+        )  # fmt: skip
+        if C.PARAMETER:
+            da = _scale_gradient(a_ptr, plus, z_plus, d_plus, dz_plus, head, heads, C)
+            _store_parameter_gradient(da_ptr, at, head, heads, da, C)

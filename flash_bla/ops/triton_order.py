@@ -50,6 +50,16 @@ def order(x, C: tl.constexpr):
 
 
 @jit
+def column_order(BLOCK: tl.constexpr, C: tl.constexpr):
+    """The column in the channels' order that each column of such a tile is."""
+    column = tl.arange(0, BLOCK)
+    if C.ORDERED:
+        return column // 32 * 32 + column % 8 // 2 * 8 + column // 8 % 4 * 2 + column % 2
+    else:
+        return column
+
+
+@jit
 def row_order(C: tl.constexpr):
     """The row of the sequence in each row of a tile that ``load_rows`` loads."""
     rows = tl.arange(0, C.BLOCK_N)

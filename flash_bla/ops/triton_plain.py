@@ -13,12 +13,22 @@ For equations and names see triton_kernels.py.
 
 from __future__ import annotations
 
-from flash_bla.ops.triton_order import as_product, load_rows, order, order_columns, row_order, rows_tile, store_rows
+from flash_bla.ops.triton_order import (
+    as_product,
+    column_order,
+    load_rows,
+    order,
+    order_columns,
+    row_order,
+    rows_tile,
+    store_rows,
+)
 from flash_bla.ops.triton_support import fast_inverse, jit, tl
 from flash_bla.ops.triton_tiles import (
     _add_products,
     _both_by_head,
     _by_eighth,
+    _center,
     _columns,
     _identity,
     _load_weight,
@@ -119,6 +129,62 @@ def _to_value_columns(x, C: tl.constexpr):
     x = tl.reshape(x, C.BLOCK_N, C.GROUP, 1, 4, 1)
     x = tl.broadcast_to(x, C.BLOCK_N, C.GROUP, C.BLOCK_DV // C.GROUP // 8, 4, 2)
     return tl.reshape(x, C.BLOCK_N, C.BLOCK_DV)
+
+
+# --- states without the mean: S - z m, rounded ------------------------------------------------------------------------
+# For a backward pass whose programs would all begin with ``_center``, while few of them run at a time. In memory, for
+# each head, z (D) and the values' mean m (DV) in float32, and then S - z m (D, DV) in bfloat16.
+
+
+@jit
+def _centered_size(C: tl.constexpr):
+    """Of a head, in numbers of two bytes."""
+    return 2 * (C.D + C.DV) + C.D * C.DV
+
+
+@jit
+def _centered_offsets(column, head, heads, C: tl.constexpr):
+    """Offsets of S, whose rows are these columns of queries and keys, of z and of the mean, and which of each exist."""
+    PITCH: tl.constexpr = C.BLOCK_D // C.GROUP
+    h, d = column // PITCH, column % PITCH
+    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+    exists = (d < C.D) & (head + h < heads)
+    offsets = (h * _centered_size(C) + 2 * (C.D + C.DV) + d * C.DV)[:, None] + c[None, :]
+    mask = exists[:, None] & exists_v[None, :] & (h[:, None] == hv[None, :])
+    size = _centered_size(C) // 2
+    return offsets, mask, h * size + d, exists, hv * size + C.D + c, exists_v
+
+
+@jit
+def _centered_pointers(state_ptr, at, C: tl.constexpr):
+    """The ``at``-th head's state as bfloat16 and as float32."""
+    state_ptr += at * _centered_size(C)
+    numbers_ptr = state_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+    return state_ptr.to(tl.pointer_type(tl.bfloat16), bitcast=True), numbers_ptr
+
+
+@jit
+def store_centered_state(state_ptr, at, head, heads, plus, z, C: tl.constexpr):
+    """From S (D, DV) and z (D, parts)."""
+    column = tl.arange(0, C.BLOCK_D)
+    offsets, mask, z_offsets, exists, mean_offsets, exists_v = _centered_offsets(column, head, heads, C)
+    state_ptr, numbers_ptr = _centered_pointers(state_ptr, at, C)
+    z = tl.sum(z, 1) / z.shape[1]
+    plus, mean = _center(tl.trans(plus), z, C)
+    tl.store(state_ptr + offsets, tl.trans(plus).to(tl.bfloat16), mask=mask)
+    tl.store(numbers_ptr + z_offsets, z, mask=exists)
+    tl.store(numbers_ptr + mean_offsets, mean, mask=exists_v)
+
+
+@jit
+def load_centered_state(state_ptr, at, head, heads, OPERAND: tl.constexpr, C: tl.constexpr):
+    """S (DV, D) as an operand and z (1, D), their columns in the order of triton_order.py, and the mean (DV)."""
+    column = column_order(C.BLOCK_D, C)
+    offsets, mask, z_offsets, exists, mean_offsets, exists_v = _centered_offsets(column, head, heads, C)
+    state_ptr, numbers_ptr = _centered_pointers(state_ptr, at, C)
+    plus = tl.trans(tl.load(state_ptr + offsets, mask=mask, other=0.0).to(OPERAND))
+    z = tl.load(numbers_ptr + z_offsets, mask=exists, other=0.0)[None, :]
+    return plus, z, tl.load(numbers_ptr + mean_offsets, mask=exists_v, other=0.0)
 
 
 # --- loops ------------------------------------------------------------------------------------------------------------
@@ -223,8 +289,8 @@ def differentiate_plain_queries(
 ):  # fmt: skip
     """Writes the queries' gradients, and returns dS (DV, D), and dz in parts (BLOCK_N / 16, 8, D) to be added up.
 
-    S is (DV, D) here and z (D), as ``_load_state`` gives them, and ``mean`` the values' mean. Without ``SUMS`` neither
-    dS nor dz is needed.
+    S is (DV, D) here and z (D), as ``_load_state`` gives them, and ``mean`` the values' mean; or all three are
+    ``load_centered_state``'s. Without ``SUMS`` neither dS nor dz is needed.
     """
     _, _, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
     hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
@@ -232,9 +298,12 @@ def differentiate_plain_queries(
     do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
     dq_ptr, dq_tile = rows_tile(dq_ptr, dq_strides, batch, head, first + begin, C.BLOCK_D, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
-    plus = order_columns(plus, C).to(OPERAND)
+    centered: tl.constexpr = len(z.shape) == 2
+    if not centered:
+        plus = order_columns(plus, C).to(OPERAND)
     mean = _vector_operand(mean, C.BLOCK_DV, OPERAND, C)
-    z = order_columns(z, C)[None, :]
+    if not centered:
+        z = order_columns(z, C)[None, :]
     rows = row_order(C)
     d_plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
     dz = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)

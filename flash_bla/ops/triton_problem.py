@@ -70,6 +70,16 @@ class Problem(NamedTuple):
         return self.short and not self.softmax and self.longest <= 2 * self.q.shape[3]
 
     @property
+    def centers_state(self) -> bool:
+        """Whether the state is kept for the backward pass without the values' mean, and rounded.
+
+        So it is of few tokens, of which a backward program has so little to do that it should begin at once. Of more
+        tokens the forward pass would take as much longer, and wide tiles have no registers left for it.
+        """
+        D, D_v = self.q.shape[3], self.v.shape[3]
+        return self.plain and self.short and max(D, D_v) <= 64 and D % 8 == D_v % 8 == 0
+
+    @property
     def single(self) -> bool:
         """Whether the kernels for sequences of one tile do all that is asked for."""
         return (
@@ -122,7 +132,13 @@ class Problem(NamedTuple):
 
     def saved_state(self) -> Tensor | None:
         """What the forward pass leaves for the backward pass."""
-        return None if self.sums_keys_again else self.empty_state(1)[0]
+        if self.sums_keys_again:
+            return None
+        if self.centers_state:  # numbers of two bytes and of four, see ``store_centered_state``
+            (_, H, _, D), D_v = self.q.shape, self.v.shape[3]
+            shape = self.sequences, H, D * D_v + 2 * (D + D_v)
+            return (self.record or self.q).new_empty(shape, dtype=torch.int16)
+        return self.empty_state(1)[0]
 
     def empty_ratios(self) -> Tensor | None:
         """The norm ratios and inverse norms of queries and keys, beside each other."""

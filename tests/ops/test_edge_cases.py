@@ -14,7 +14,16 @@ from flash_bla import linear_attention, varlen_linear_attention
 from flash_bla.ops import depthwise_conv, focusing_power, signed_power
 from flash_bla.ops.triton_linear_attention import record_backward, record_forward
 from flash_bla.ops.triton_support import Record
-from tests.ops.cases import DEVICE, TOLERANCE, VARIANTS, assert_close, compare, make_inputs
+from tests.ops.cases import (
+    DEVICE,
+    TOLERANCE,
+    VARIANTS,
+    Variant,
+    assert_close,
+    compare,
+    forward_backward,
+    make_inputs,
+)
 
 
 @pytest.mark.parametrize("name", ["signed_power", "signed_power_weighted"])
@@ -80,6 +89,37 @@ def test_focusing_power_of_few_queries_with_gradients_by_their_ratios(rows):
     without[slice(*rows)] = False
     do[:, :, without] = 0.0
     compare("focusing_power", leaves, do, TOLERANCE[torch.float32], eps=1.0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 2, 100, 100, 64, 64), (1, 2, 150, 150, 64, 64), (1, 3, 300, 200, 24, 24)],
+    ids=["summed again", "kept without the mean", "kept"],
+)
+def test_gradients_of_queries_alone(shape):
+    """Of the keys they need no more than the state."""
+    leaves, _, do = make_inputs(shape, VARIANTS["elu1"], torch.bfloat16)
+    gradients = []
+    for backend, dtype in (("triton", torch.bfloat16), ("reference", torch.float64)):
+        q, k, v = (leaves[name].to(DEVICE, dtype) for name in "qkv")
+        o = linear_attention(q.requires_grad_(), k, v, feature_map="elu1", backend=backend)
+        gradients += torch.autograd.grad(o, q, do.to(o))
+    assert (gradients[0] - gradients[1]).norm() <= TOLERANCE[torch.bfloat16] * gradients[1].norm()
+
+
+@pytest.mark.parametrize("signs", ["minus", "both"])
+@pytest.mark.parametrize("N", [100, 300])
+def test_features_of_either_sign(signs, N):
+    """Where denominators are positive, the values' mean is taken out of the gradients, too."""
+    leaves, _, do = make_inputs((1, 2, N, N, 32, 32), Variant(None), torch.bfloat16)
+    sign = -1.0 if signs == "minus" else (-1.0) ** torch.arange(32)
+    for name in "qk":
+        leaves[name] = (leaves[name].abs() + 0.2) * sign
+    leaves["v"] += 100
+    inputs = {name: x.bfloat16() for name, x in leaves.items()}, None, do
+    results = forward_backward(linear_attention, Variant(None), inputs, backend="triton")
+    expected = forward_backward(linear_attention, Variant(None), inputs, torch.float64, backend="reference")
+    assert_close(results, expected, TOLERANCE[torch.bfloat16])
 
 
 def test_rotary_features_have_no_parameter():
