@@ -61,7 +61,7 @@ _PLAIN = {
     query_gradient_kernel: (Tuning(32, 3, 3, 168), Tuning(32, 2, 3, None)),
     key_gradient_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
     forward_kernel: (Tuning(64, 4, 3, 128), Tuning(64, 4, 3, 128)),
-    backward_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, None)),
+    backward_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, 240)),
     single_forward_kernel: (Tuning(0, 5, 3, None, True), Tuning(0, 4, 2, 128, True)),
     single_backward_kernel: (Tuning(0, 4, 1, 128), Tuning(0, 2, 1, None)),
     plain_single_forward_kernel: (Tuning(0, 4, 3, None, True), Tuning(0, 3, 2, None, True)),
@@ -98,7 +98,7 @@ TUNING = {
         signed_forward_kernel: (Tuning(64, 3, 4, 168), Tuning(64, 3, 4, 168)),
         signed_backward_kernel: (Tuning(32, 3, 4, 168), Tuning(64, 2, 3, None)),
         single_forward_kernel: _PLAIN[single_forward_kernel],
-        single_backward_kernel: _PLAIN[single_backward_kernel],
+        single_backward_kernel: (Tuning(0, 3, 1, 168), Tuning(0, 2, 1, None)),
     },
     "wide": {
         query_sum_kernel: (None, Tuning(0, 4, 3, None, warps=4, rows=64)),
