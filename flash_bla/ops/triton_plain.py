@@ -298,12 +298,9 @@ def differentiate_plain_queries(
     do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
     dq_ptr, dq_tile = rows_tile(dq_ptr, dq_strides, batch, head, first + begin, C.BLOCK_D, C)
     identity = _identity(C.BLOCK_D, OPERAND, OPERAND)
-    centered: tl.constexpr = len(z.shape) == 2
-    if not centered:
-        plus = order_columns(plus, C).to(OPERAND)
+    if len(z.shape) == 1:
+        plus, z = order_columns(plus, C).to(OPERAND), order_columns(z, C)[None, :]
     mean = _vector_operand(mean, C.BLOCK_DV, OPERAND, C)
-    if not centered:
-        z = order_columns(z, C)[None, :]
     rows = row_order(C)
     d_plus = _zeros(C.BLOCK_DV, C.BLOCK_D)
     dz = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
