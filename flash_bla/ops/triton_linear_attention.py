@@ -39,7 +39,6 @@ from flash_bla.ops.triton_signed_kernels import (
     signed_output_kernel,
     signed_query_kernel,
     signed_state_kernel,
-    signed_sum_kernel,
 )
 from flash_bla.ops.triton_support import (
     Record,
@@ -97,13 +96,15 @@ def _fits(kernel, problem: Problem) -> bool:
     if problem.short:
         return True
     programs, places = problem.programs(problem.plan(kernel)[0]), multiprocessors(problem.record.device)
-    if kernel is signed_backward_kernel:  # two run on a multiprocessor at a time; the last ones must not leave it idle
+    if kernel is signed_backward_kernel:  # by two on a multiprocessor, the last ones must not leave it idle
         return programs >= 0.8 * 2 * places * cdiv(programs, 2 * places)
     return programs >= (1.9 if problem.plain or problem.signs == 2 or turned else 2.9) * places
 
 
 def _row_numbers(p: Problem) -> dict:
-    """Memory for the four numbers of each row of signed powers, beside each other."""
+    """Memory for the four numbers of each row of signed powers, beside each other, where loops need them."""
+    if max(p.q.shape[3], p.v.shape[3]) <= 32:
+        return dict(rows_ptr=None, rows_strides=(0, 0))
     B, H, N, _ = p.q.shape
     rows = 16 * cdiv(N, 16)
     return dict(rows_ptr=p.new_empty(B, H, rows, 4), rows_strides=(4 * H * rows, 4 * rows))
@@ -242,7 +243,8 @@ def _record_gradients(
         plain = p.plain and p.key_encoding is None and max(q.shape[3], v.shape[3]) <= 32  # wider: too many registers
         kernel = single.plain_single_backward_kernel if plain else single.single_backward_kernel
         if signed and not p.single:
-            arguments |= _row_numbers(p) | dict(d_state_ptr=p.empty_state(1))
+            arguments |= _row_numbers(p)
+            arguments["d_state_ptr"] = None if arguments["rows_ptr"] is None else p.empty_state(1)
         _launch(kernel if p.single else whole_kernel, p, arguments)
         return *gradients, dqd, dkd, da, dwq, dwk
     if p.sums_keys_again:
@@ -259,8 +261,10 @@ def _record_gradients(
         arguments["sums_ptr"] = da_keys
     if signed:
         arguments |= _row_numbers(p)
-        _launch(signed_sum_kernel, p, arguments, query_splits)
-        _launch(signed_query_kernel, p, arguments, query_splits)
+        at_once = arguments["rows_ptr"] is None
+        _launch(signed_query_kernel, p, arguments | dict(SUMS=True, GRADIENT=at_once), query_splits)
+        if not at_once:
+            _launch(signed_query_kernel, p, arguments | dict(SUMS=False, GRADIENT=True), query_splits)
         if keys:
             outputs = dict(d_state_ptr=reduce(record, d_state), da_ptr=da_keys)
             _launch(signed_key_kernel, p, arguments | outputs, key_splits)

@@ -7,13 +7,14 @@ negative of the other. So the loops over rows are
 
     sum_signed_keys              R, r
     write_signed_output          o = F(q) R' / n,  n = F(q) · r' + ε
-    sum_signed_queries           dR' = Σ F(q)ᵀ dn,  dn = do / n, and for each row and half 1 / n and c = -dn · o / n
-    differentiate_signed_queries dF(q) = dn R'ᵀ + c r';  dr' = Σ c F(q)
+    differentiate_signed_queries dF(q) = dn R'ᵀ + c r',  dn = do / n,  c = -dn · o / n;
+                                 dR' = Σ F(q)ᵀ dn,  dr' = Σ c F(q)
     differentiate_signed_keys    dF(k) = s v dRᵀ + dr / M,  dv = s F(k) dR
 
-of which dp is one part, by the sign of x. Registers could not hold what the third and the fourth need at a time; the
-fourth finds the numbers of its rows in memory. On Hopper chips latency bounds these loops, eight warps of 255 registers
-a multiprocessor: twice as wide a product for both parts takes as long as two, and more warps that spill take longer.
+of which dp is one part, by the sign of x. Of heads wider than 32 the third would need more registers than there are:
+there it runs twice, first for dR' alone, and finds 1 / n and c of each row and half in memory the second time. On
+Hopper chips latency bounds these loops, eight warps of 255 registers a multiprocessor: twice as wide a product for both
+parts takes as long as two, and more warps that spill take longer.
 The values' mean is taken out of R and v as in triton_kernels.py, which see for names. In memory R and r are a state
 with two signs, (B, H, 2, Dv + 1, D). The kernels are in triton_signed_kernels.py: one launch a direction for short
 sequences, as triton_kernels.py has them.
@@ -44,13 +45,11 @@ from flash_bla.ops.triton_tiles import (
     _mask_heads,
     _next,
     _power_gradient,
-    _rounded,
     _start,
     _store_weight,
     _sum_eighths,
     _tile,
     _to_columns,
-    _to_product_layout,
     _vector_columns,
     _zeros,
     _zeros3,
@@ -152,7 +151,7 @@ def _take_mean_out(plus, minus, r_plus, r_minus, C: tl.constexpr):
     """R' - r' m, and the values' mean m = Σ φ(k) v / Σ φ(k)."""
     total = _by_head((r_plus - r_minus)[None, :], C)
     total = tl.reshape(tl.broadcast_to(_to_columns_v(total, C), 1, C.BLOCK_DV), C.BLOCK_DV)
-    mean = tl.sum(plus, 1) - tl.sum(minus, 1)
+    mean = tl.sum(plus - minus, 1)
     mean = tl.where(total > 0.0, mean / total, 0.0)
     first = _first_half(C)[:, None]
     plus -= mean[:, None] * tl.where(first, r_plus[None, :], -r_minus[None, :])
@@ -362,71 +361,45 @@ def write_signed_output(
 
 
 @jit
-def sum_signed_queries(
-    q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, plus, minus, r_plus, r_minus, mean,
-    batch, head, heads, first, begin, end, eps,
-    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """dR', and writes the rows' numbers."""
-    q_ptr, q_tile = rows_tile(q_ptr, q_strides, batch, head, first + begin, C.BLOCK_D, C)
-    hv, c, exists_v = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-    do_ptr, do_tile = _tile(do_ptr, do_strides, batch, head, first + begin, hv, c, C)
-    rows_ptr = _rows_start(rows_ptr, rows_strides, batch, head, first + begin)
-    a = ordered_parameter(a_ptr, head, heads, C)
-    identity, identity_v = _identity(C.BLOCK_D, OPERAND, OPERAND), _identity(C.BLOCK_DV, OPERAND, OPERAND)
-    states = tl.trans(order_columns(plus, C).to(OPERAND)), tl.trans(order_columns(minus, C).to(OPERAND))
-    vectors = _vector_operands(order_columns(r_plus, C), order_columns(r_minus, C), OPERAND, C)
-    moved = _row_operand(-eps * mean, OPERAND)
-    is_first = _first_half(C)[None, :]
-    rows = row_order(C)
-    d_states = (_zeros(C.BLOCK_DV, C.BLOCK_D), _zeros(C.BLOCK_DV, C.BLOCK_D))
-    for start in range(begin, end, C.BLOCK_N):
-        q = load_rows(q_ptr + q_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
-        inside = tl.arange(0, C.BLOCK_N) < end - start
-        do = tl.load(do_ptr + do_tile, mask=inside[:, None] & exists_v[None, :], other=0.0)
-        inside = start + tl.arange(0, C.BLOCK_N) < end
-        features = fast_rounded_parts(
-            PHI(as_product(q, identity, OPERAND, C, ANCHORED=True), a, C.EXPONENT), OPERAND, False
-        )
-        one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
-        first_half, second_half = _denominators(features, vectors, one, PRECISION, C)
-        first_half, second_half = fast_inverse(first_half), fast_inverse(second_half)
-        o = tl.dot(_ones(OPERAND, C), moved, input_precision=PRECISION)
-        o = _product(features, states, o, PRECISION)
-        dn = _times_halves(_to_product_layout(do, identity_v, OPERAND), first_half, second_half, is_first, C)
-        d_states = _products(tl.trans(dn.to(OPERAND)), features, d_states, PRECISION)
-        o *= dn
-        weight, other = _both_by_head(tl.where(is_first, o, 0.0), tl.where(is_first, 0.0, o), C)
-        _store_row_numbers(
-            rows_ptr, rows_strides, head, heads, inside, first_half, second_half, -weight * first_half,
-            -other * second_half, C,
-        )  # fmt: skip
-        q_ptr, do_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C)
-        rows_ptr += 4 * C.BLOCK_N
-    d_plus, d_minus = order_columns(d_states[0], C), order_columns(d_states[1], C)
-    return _mask_heads(d_plus, C), _mask_heads(d_minus, C)
+def _stacked(features, C: tl.constexpr):
+    """Both parts, transposed, below each other: (2 D, rows), which a product takes 64 of at a time."""
+    both = tl.permute(tl.join(features[0], features[1]), (2, 1, 0))
+    return tl.reshape(both, 2 * C.BLOCK_D, C.BLOCK_N)
+
+
+@jit
+def _unstacked(x, C: tl.constexpr):
+    """The parts (columns, D) of (2 D, columns)."""
+    return tl.split(tl.permute(tl.reshape(x, 2, C.BLOCK_D, x.shape[1]), (2, 1, 0)))
 
 
 @jit
 def differentiate_signed_queries(
     q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides,
-    plus, minus, r_plus, r_minus, batch, head, heads, first, begin, end,
+    plus, minus, r_plus, r_minus, mean, batch, head, heads, first, begin, end, eps,
     PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    C: tl.constexpr,
+    C: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq; the parts of dr, and the terms of the power's gradient."""
+    """Writes dq; the parts of dR' and of dr, and the terms of the power's gradient.
+
+    ``SUMS`` alone gives dR', and writes the rows' numbers; ``GRADIENT`` alone gives all else, and reads them.
+    """
     q_ptr, q_tile = rows_tile(q_ptr, q_strides, batch, head, first + begin, C.BLOCK_D, C)
     do_ptr, do_tile = rows_tile(do_ptr, do_strides, batch, head, first + begin, C.BLOCK_DV, C)
-    dq_ptr, dq_tile = rows_tile(dq_ptr, dq_strides, batch, head, first + begin, C.BLOCK_D, C)
-    rows_ptr = _rows_start(rows_ptr, rows_strides, batch, head, first + begin)
+    if GRADIENT:
+        dq_ptr, dq_tile = rows_tile(dq_ptr, dq_strides, batch, head, first + begin, C.BLOCK_D, C)
+    if not (SUMS and GRADIENT):
+        rows_ptr = _rows_start(rows_ptr, rows_strides, batch, head, first + begin)
     a = ordered_parameter(a_ptr, head, heads, C)
     identity, identity_v = _identity(C.BLOCK_D, OPERAND, OPERAND), _identity(C.BLOCK_DV, OPERAND, OPERAND)
     states = order(plus, C).to(OPERAND), order(minus, C).to(OPERAND)
     vectors = _vector_operands(order_columns(r_plus, C), order_columns(r_minus, C), OPERAND, C)
-    vectors = tl.trans(vectors[0]), tl.trans(vectors[1])
+    if SUMS:
+        moved = _row_operand(order_columns(-eps * mean, C), OPERAND)
     is_first = _is_first(C)
     rows = row_order(C)
     zero = tl.minimum(end, 0).to(tl.int32)
+    d_states = _zeros(2 * C.BLOCK_D, C.BLOCK_DV)
     dr_plus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     dr_minus = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
     da = _zeros3(C.BLOCK_N // 16, 8, C.BLOCK_D)
@@ -434,25 +407,50 @@ def differentiate_signed_queries(
     for start in tl.range(begin, end, C.BLOCK_N, num_stages=C.STAGES):
         q = load_rows(q_ptr + q_tile, rows < end - start, head, heads, C.D, C.BLOCK_D, C)
         do = load_rows(do_ptr + do_tile, rows < end - start, head, heads, C.DV, C.BLOCK_DV, C)
-        inside = tl.arange(0, C.BLOCK_N) < end - start
-        inverse, other_inverse, weight, other = _load_row_numbers(rows_ptr, rows_strides, head, heads, inside, C)
-        dn = _times_halves(as_product(do, identity_v, OPERAND, C), inverse, other_inverse, is_first, C)
-        dn = dn.to(OPERAND)
-        d_features = _products(_weights(weight, other, OPERAND, C), vectors, None, PRECISION)
-        d_features = _products(dn, states, d_features, PRECISION)
-        d_plus, d_minus = d_features
-        q = as_product(q, identity, OPERAND, C, d_plus)
-        dq = tl.where(q > 0.0, d_plus, d_minus) * PHI_DX(q, 0.0, a, C.EXPONENT)
-        store_rows(dq_ptr + dq_tile, dq, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
-        da = computed_here(_add_products(da, dq, PHI_DA(q, 0.0, a, C.EXPONENT), C), zero)  # zero where there is no row
-        p = PHI(q, a, C.EXPONENT)
-        weight, other = _to_columns(weight, C), _to_columns(other, C)
-        dr_plus = _add_products(dr_plus, p, tl.where(q > 0.0, weight, -other), C)
-        dr_minus = _add_products(dr_minus, p, tl.where(q > 0.0, -other, weight), C)
-        q_ptr, do_ptr, dq_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C), _next(dq_ptr, dq_strides, C)
-        rows_ptr += 4 * C.BLOCK_N
-    da = _power_gradient(_sum_eighths(da), a, C)
-    return order_columns(_sum_eighths(dr_plus), C), order_columns(_sum_eighths(dr_minus), C), order_columns(da, C)
+        if SUMS:
+            inside = start + tl.arange(0, C.BLOCK_N) < end
+            o = tl.dot(_ones(OPERAND, C), moved, input_precision=PRECISION)
+            ALIKE: tl.constexpr = C.BLOCK_D == C.BLOCK_DV  # queries and outputs
+            p = PHI(as_product(q, identity, OPERAND, C, o if ALIKE else None, not ALIKE), a, C.EXPONENT)
+            features = fast_rounded_parts(p, OPERAND, False)
+            one = tl.where(inside, eps, 1.0)[:, None]  # no infinity outside, which would enter sums
+            first_half, second_half = _denominators(features, vectors, one, PRECISION, C)
+            first_half, second_half = fast_inverse(first_half), fast_inverse(second_half)
+            dn = _times_halves(as_product(do, identity_v, OPERAND, C, o), first_half, second_half, is_first, C)
+            o = _product(features, (tl.trans(states[0]), tl.trans(states[1])), o, PRECISION) * dn
+            dn = dn.to(OPERAND)
+            d_states = tl.dot(_stacked(features, C), dn, d_states, input_precision=PRECISION)
+            weight, other = _both_by_head(tl.where(is_first, o, 0.0), tl.where(is_first, 0.0, o), C)
+            weight, other = -weight * first_half, -other * second_half
+            if not GRADIENT:
+                _store_row_numbers(
+                    rows_ptr, rows_strides, head, heads, inside, first_half, second_half, weight, other, C
+                )
+        else:
+            inside = tl.arange(0, C.BLOCK_N) < end - start
+            first_half, second_half, weight, other = _load_row_numbers(rows_ptr, rows_strides, head, heads, inside, C)
+            dn = _times_halves(as_product(do, identity_v, OPERAND, C), first_half, second_half, is_first, C)
+            dn = dn.to(OPERAND)
+        if GRADIENT:
+            transposed = tl.trans(vectors[0]), tl.trans(vectors[1])
+            d_features = _products(_weights(weight, other, OPERAND, C), transposed, None, PRECISION)
+            d_plus, d_minus = _products(dn, states, d_features, PRECISION)
+            q = as_product(q, identity, OPERAND, C, d_plus)
+            dq = tl.where(q > 0.0, d_plus, d_minus) * PHI_DX(q, 0.0, a, C.EXPONENT)
+            store_rows(dq_ptr + dq_tile, dq, start + rows < end, head, heads, C.D, C.BLOCK_D, C)
+            da = computed_here(_add_products(da, dq, PHI_DA(q, 0.0, a, C.EXPONENT), C), zero)  # zero without a row
+            p = PHI(q, a, C.EXPONENT)
+            weight, other = _to_columns(weight, C), _to_columns(other, C)
+            dr_plus = _add_products(dr_plus, p, tl.where(q > 0.0, weight, -other), C)
+            dr_minus = _add_products(dr_minus, p, tl.where(q > 0.0, -other, weight), C)
+            dq_ptr = _next(dq_ptr, dq_strides, C)
+        q_ptr, do_ptr = _next(q_ptr, q_strides, C), _next(do_ptr, do_strides, C)
+        if not (SUMS and GRADIENT):
+            rows_ptr += 4 * C.BLOCK_N
+    d_plus, d_minus = _unstacked(d_states, C)
+    d_plus, d_minus = _mask_heads(order(d_plus, C), C), _mask_heads(order(d_minus, C), C)
+    da = order_columns(_power_gradient(_sum_eighths(da), a, C), C)
+    return d_plus, d_minus, order_columns(_sum_eighths(dr_plus), C), order_columns(_sum_eighths(dr_minus), C), da
 
 
 @jit
@@ -478,7 +476,7 @@ def differentiate_signed_keys(
     one = 1.0 / tl.maximum(count, 1).to(tl.float32)
     if C.MEAN:
         d_plus, d_minus, dr_plus, dr_minus, one = d_plus * one, d_minus * one, dr_plus * one, dr_minus * one, 1.0
-    d_plus, d_minus = _rounded(d_plus, OPERAND), _rounded(d_minus, OPERAND)
+    d_plus, d_minus = fast_to_float(d_plus.to(OPERAND)), fast_to_float(d_minus.to(OPERAND))
     # (v - m) dRᵀ = v dRᵀ - m dRᵀ with the same rounded dR: the mean cancels although v enters the product as it is
     dr_plus = (dr_plus - tl.sum(mean[:, None] * d_plus, 0)) * one
     dr_minus = (dr_minus - tl.sum(mean[:, None] * d_minus, 0)) * one

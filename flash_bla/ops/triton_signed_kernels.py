@@ -10,7 +10,6 @@ from flash_bla.ops.triton_signed import (
     store_states,
     store_vectors,
     sum_signed_keys,
-    sum_signed_queries,
     swapped,
     write_signed_output,
 )
@@ -57,47 +56,33 @@ def signed_output_kernel(
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
-def signed_sum_kernel(
+def signed_query_kernel(
     q_ptr, q_strides, do_ptr, do_strides, a_ptr, cu_seqlens, state_ptr, d_state_ptr, mean_ptr, rows_ptr, rows_strides,
-    query_length, heads, eps,
-    PHI: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
+    dq_ptr, dq_strides, da_ptr, query_length, heads, eps,
+    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, SUMS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """dR' of one split of the queries, its rows' numbers, and the values' mean."""
+    """dq of one split of the queries, its sums for the keys' gradients, and the values' mean."""
     wait_for_inputs()
     sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
     begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
     at = sequence * heads + head
     plus, minus, r_plus, r_minus, mean = load_centered_states(state_ptr, at, head, heads, C)
-    if tl.program_id(1) == 0:
-        hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
-        tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
-    d_plus, d_minus = sum_signed_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, plus, minus, r_plus, r_minus, mean, batch,
-        head, heads, first, begin, end, eps, PHI, OPERAND, PRECISION, C,
+    d_plus, d_minus, dr_plus, dr_minus, da = differentiate_signed_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus, r_plus,
+        r_minus, mean, batch, head, heads, first, begin, end, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+        SUMS, GRADIENT,
     )  # fmt: skip
-    store_states(d_state_ptr, _split_at(sequence, heads, C) + head, head, heads, d_plus, d_minus, C)
-
-
-@jit(do_not_specialize=NOT_SPECIALIZED)
-def signed_query_kernel(
-    q_ptr, q_strides, do_ptr, do_strides, a_ptr, cu_seqlens, state_ptr, d_state_ptr, rows_ptr, rows_strides,
-    dq_ptr, dq_strides, da_ptr, query_length, heads,
-    PHI: tl.constexpr, PHI_DX: tl.constexpr, PHI_DA: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """dq of one split of the queries, dr, and terms of the power's gradient."""
-    wait_for_inputs()
-    sequence, batch, head, first, count = _place(heads, cu_seqlens, query_length, C)
-    begin, end = share(count, tl.program_id(1), tl.num_programs(1), C.BLOCK_N)
-    plus, minus, r_plus, r_minus, _ = load_centered_states(state_ptr, sequence * heads + head, head, heads, C)
-    dr_plus, dr_minus, da = differentiate_signed_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus,
-        r_plus, r_minus, batch, head, heads, first, begin, end, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    at = _split_at(sequence, heads, C) + head
-    store_vectors(d_state_ptr, at, head, heads, dr_plus, dr_minus, C)
-    h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
-    tl.store(da_ptr + (at + h) * C.D + d, da, mask=exists)
+    splits = _split_at(sequence, heads, C) + head
+    if SUMS:
+        store_states(d_state_ptr, splits, head, heads, d_plus, d_minus, C)
+        if tl.program_id(1) == 0:
+            hv, c, exists = _columns(head, heads, C.DV, C.BLOCK_DV, C)
+            tl.store(mean_ptr + (at + hv) * C.DV + c, mean, mask=exists)
+    if GRADIENT:
+        store_vectors(d_state_ptr, splits, head, heads, dr_plus, dr_minus, C)
+        h, d, exists = _columns(head, heads, C.D, C.BLOCK_D, C)
+        tl.store(da_ptr + (splits + h) * C.D + d, da, mask=exists)
 
 
 @jit(do_not_specialize=NOT_SPECIALIZED)
@@ -162,19 +147,21 @@ def signed_backward_kernel(
     sequence, batch, head, _, _ = _place(heads, None, key_length, C)
     at = sequence * heads + head
     plus, minus, r_plus, r_minus, mean = load_centered_states(state_ptr, at, head, heads, C)
-    d_plus, d_minus = sum_signed_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, plus, minus, r_plus, r_minus, mean, batch,
-        head, heads, 0, 0, query_length, eps, PHI, OPERAND, PRECISION, C,
+    AT_ONCE: tl.constexpr = rows_ptr is None
+    d_plus, d_minus, dr_plus, dr_minus, da = differentiate_signed_queries(
+        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus, r_plus,
+        r_minus, mean, batch, head, heads, 0, 0, query_length, eps, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
+        True, AT_ONCE,
     )  # fmt: skip
-    store_states(d_state_ptr, at, head, heads, d_plus, d_minus, C)  # registers would not hold them meanwhile
-    tl.debug_barrier()  # what comes reads what other threads have written
-    dr_plus, dr_minus, da = differentiate_signed_queries(
-        q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus,
-        r_plus, r_minus, batch, head, heads, 0, 0, query_length, PHI, PHI_DX, PHI_DA, OPERAND, PRECISION, C,
-    )  # fmt: skip
-    store_vectors(d_state_ptr, at, head, heads, dr_plus, dr_minus, C)
-    tl.debug_barrier()
-    d_plus, d_minus, dr_plus, dr_minus = load_states(d_state_ptr, at, head, heads, C)
+    if not AT_ONCE:
+        store_states(d_state_ptr, at, head, heads, d_plus, d_minus, C)  # registers would not hold them meanwhile
+        tl.debug_barrier()  # what comes reads what other threads have written
+        _, _, dr_plus, dr_minus, da = differentiate_signed_queries(
+            q_ptr, q_strides, do_ptr, do_strides, a_ptr, rows_ptr, rows_strides, dq_ptr, dq_strides, plus, minus,
+            r_plus, r_minus, mean, batch, head, heads, 0, 0, query_length, eps, PHI, PHI_DX, PHI_DA, OPERAND,
+            PRECISION, C, False, True,
+        )  # fmt: skip
+        d_plus, d_minus, _, _ = load_states(d_state_ptr, at, head, heads, C)
     d_plus, d_minus = swapped(d_plus, d_minus, C)
     da += differentiate_signed_keys(
         k_ptr, k_strides, e_ptr, e_strides, v_ptr, v_strides, a_ptr, wk_ptr, wk_strides, dk_ptr, dk_strides, dv_ptr,

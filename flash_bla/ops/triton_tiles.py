@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flash_bla.ops.feature_maps import integer_power
-from flash_bla.ops.triton_support import INTERPRETING, jit, tl
+from flash_bla.ops.triton_support import INTERPRETING, fast_inverse, jit, tl
 
 
 class Config(NamedTuple):
@@ -136,16 +136,6 @@ def _tile(pointer, strides, batch, head, row, in_group, channel, C: tl.constexpr
 @jit
 def _next(pointer, strides, C: tl.constexpr):
     return pointer + tl.full((), C.BLOCK_N, tl.int64) * strides[2]
-
-
-@jit
-def _rounded(p, OPERAND: tl.constexpr):
-    """The number that the operand p is; to convert it there and back takes four times as long."""
-    if OPERAND == tl.bfloat16:
-        rounded = ((p.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-        return tl.where(p == p, rounded, p)  # a NaN may have become zero
-    else:
-        return p.to(OPERAND).to(tl.float32)
 
 
 @jit
@@ -287,7 +277,7 @@ def _load_parameter(a_ptr, head, heads, C: tl.constexpr):
 @jit
 def _power_gradient(da, a, C: tl.constexpr):
     """What ``PHI_DA`` of ``signed_power`` leaves out of the power's gradient."""
-    return da * tl.reshape(0.6931471805599453 / a, C.BLOCK_D)
+    return da * tl.reshape(0.6931471805599453 * fast_inverse(a), C.BLOCK_D)
 
 
 @jit

@@ -25,7 +25,6 @@ from flash_bla.ops.triton_signed_kernels import (
     signed_output_kernel,
     signed_query_kernel,
     signed_state_kernel,
-    signed_sum_kernel,
 )
 from flash_bla.ops.triton_single import (
     plain_single_backward_kernel,
@@ -92,7 +91,6 @@ TUNING = {
     "signed": {
         signed_state_kernel: (Tuning(64, 2, 4, None), Tuning(64, 2, 4, None)),
         signed_output_kernel: (Tuning(64, 3, 4, 168), Tuning(64, 3, 4, 168)),
-        signed_sum_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
         signed_query_kernel: (Tuning(32, 3, 3, 168), Tuning(64, 2, 3, None)),
         signed_key_kernel: (Tuning(64, 2, 3, None), Tuning(64, 2, 3, None)),
         signed_forward_kernel: (Tuning(64, 3, 4, 168), Tuning(64, 3, 4, 168)),

@@ -31,6 +31,7 @@ from flash_bla.ops import triton_rotary as rotary
 from flash_bla.ops import triton_signed as signed
 from flash_bla.ops import triton_single as single
 from flash_bla.ops import triton_support as support
+from flash_bla.ops import triton_tiles as tiles
 from flash_bla.ops.triton_support import Record, cdiv
 from flash_bla.ops.triton_tuning import widest_values
 
@@ -57,6 +58,7 @@ VARIANTS = {
     "focusing, one head": dict(feature_map="focusing_power", exponent=3, parameter=True, encoding=True, heads=1),
     "focusing tokens": dict(feature_map="focusing_power", exponent=3, parameter=True, encoding=True, heads=2),
     "signed": dict(feature_map="signed_power", parameter=True, encoding=True),
+    "signed, few values": dict(feature_map="signed_power", parameter=True, values=32),
     "decoupled": dict(feature_map="identity", decoupled=True),
 }
 
@@ -71,7 +73,7 @@ OF_EVERY_TARGET = (
 def linear(variant, dtype, D, N):
     """Forward and backward pass of linear attention."""
     variant = dict(variant)
-    keys = variant.pop("keys", True)
+    keys, D_v = variant.pop("keys", True), variant.pop("values", D)
     B, H = 2, variant.pop("heads", 3)
     x = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     decoupled = x(B, H, N, D, dtype=dtype) if variant.pop("decoupled", False) else None
@@ -84,7 +86,7 @@ def linear(variant, dtype, D, N):
     cu_seqlens = variant.pop("cu_seqlens", None)
     options = tuple((options | variant).values())
     q, k, v = x(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    v = v[..., : widest_values(q, 2 if variant["feature_map"] == "signed_power" else 1)]
+    v = v[..., : min(D_v, widest_values(q, 2 if variant["feature_map"] == "signed_power" else 1))]
     tensors = q, k, v, decoupled, decoupled, parameter, weight, encoding, rope, cu_seqlens
     ratios = x(B, 2, 2 * N) if variant["feature_map"] == "focusing_power" else None
     do = x(B, N, H, v.shape[3], dtype=dtype).transpose(1, 2)
@@ -198,6 +200,8 @@ def main(targets):
         ("queries alone", torch.bfloat16, 64, 200),
         ("signed", torch.bfloat16, 64, 100),
         ("signed", torch.bfloat16, 64, 200),
+        ("signed", torch.float32, 32, 5000),
+        ("signed, few values", torch.bfloat16, 64, 200),
         ("rope", torch.bfloat16, 32, 100),
         ("focusing", torch.bfloat16, 64, 50),
         ("focusing", torch.bfloat16, 64, 200),
@@ -232,7 +236,7 @@ def main(targets):
             maps["elu1"] = tuple(elu1)
         problem.is_hopper = lambda device, hopper=name == "sm_90": hopper
         problem.has_products_in_registers = lambda device, has=name in ("sm_80", "sm_90"): has
-        for kernels in (focusing, loops, norm_ratios, plain, signed, single):
+        for kernels in (focusing, loops, norm_ratios, plain, signed, single, tiles):
             for fast in ("inverse", "positive", "rounded_parts", "to_float"):
                 if hasattr(kernels, f"fast_{fast}"):
                     setattr(kernels, f"fast_{fast}", getattr(support, fast if hip else f"fast_{fast}"))
